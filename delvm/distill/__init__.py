@@ -1,0 +1,1 @@
+"""Teacher and student: objectives over tokens, and the module that minimises them."""

@@ -1,0 +1,1 @@
+"""A model and held-out sentences -> measurements, pictures and the page that shows them."""

@@ -1,0 +1,107 @@
+"""Run a recipe, from images to a distilled, evaluated, exported student.
+
+    python -m delvm.fit recipes/quickstart.yaml
+    python -m delvm.fit recipes/pairs.yaml tasks.edges.images=photos tasks.edges.annotations=drawings seed=1
+    python -m delvm.fit recipes/quickstart.yaml --dry-run
+
+A recipe's sections are stages. Each leaves a folder under run_dir, whole or not at all; a second run reuses what is
+unchanged, makes anew what a changed section touches, and goes on where it was stopped.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from delvm.errors import UserError
+
+USAGE_ERROR, STOPPED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn what went wrong into one line. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m delvm.fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, help="a YAML file; its header says what it does and needs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1 or student.steps=400")
+    parser.add_argument("--dry-run", action="store_true", help="check every input, print plan and sizes, train nothing")
+    options = parser.parse_intermixed_args(arguments)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return run(options.recipe, options.overrides, dry_run=options.dry_run)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def run(recipe_file: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -> int:
+    """Run a recipe file; returns 0, 2 for what the user can mend, 130 when stopped."""
+    _quieten()
+    # imported here, so that --help and a wrong path answer at once
+    from delvm import chain, console, recipe
+    from delvm.training import Interrupted
+
+    folder: Path | None = None
+    try:
+        work = chain.Run(recipe.load(recipe_file, overrides))
+        folder = work.dir
+        if dry_run:
+            work.dry_run()
+            return 0
+        result = work.fit()
+        if result["evaluate"]:
+            console.show_scores(result["evaluate"])
+        console.console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"\n{error or 'stopped'}; the same command goes on from here", file=sys.stderr)
+        return STOPPED
+    except Exception as error:
+        if folder is not None and disk_full(error, folder):
+            print(f"error: run_dir: no space left on the disk of '{folder}'; free some, the same command goes on",
+                  file=sys.stderr)  # fmt: skip
+            return USAGE_ERROR
+        if isinstance(error, PermissionError):
+            print(f"error: {error.filename}: permission denied", file=sys.stderr)
+            return USAGE_ERROR
+        raise
+
+
+def disk_full(error: BaseException | None, folder: Path) -> bool:
+    """Whether an error means a full disk; torch and safetensors say so only in words or not at all."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        if isinstance(error, RuntimeError) and "write" in str(error).lower():
+            existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            return shutil.disk_usage(existing).free < 1 << 20
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _quieten() -> None:
+    """Leave the terminal to our own lines: bars, tables and what went wrong."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Images -> (image, annotation) pairs and their views."""

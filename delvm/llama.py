@@ -1,0 +1,227 @@
+"""A size's name -> transformers' LlamaForCausalLM: build, count, save, load."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from delvm.errors import UserError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Size:
+    """The shape of one LLaMA: everything but the vocabulary, the length and the special ids.
+
+    `vocab_size` and `positions` are those that the size is published with; they serve to count and print.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    attention_bias: bool = False  # as in transformers: on q, k, v and the output projection
+    tie_embeddings: bool = False
+    rms_eps: float = 1e-5
+    vocab_size: int = 8192
+    positions: int = 2048
+
+
+def _paper(hidden: int, heads: int) -> Size:
+    # DeLVM (InternLM): the width of the MLP is int(H * 8/3), rounded up to a multiple of 256.
+    intermediate = -(-int(hidden * 8 / 3) // 256) * 256
+    return Size(hidden, intermediate, layers=22, heads=heads, attention_bias=True)
+
+
+def _lvm(hidden: int, intermediate: int, layers: int, heads: int) -> Size:
+    return Size(hidden, intermediate, layers, heads, rms_eps=1e-6, vocab_size=8292, positions=4096)
+
+
+def _tiny(hidden: int, layers: int, heads: int) -> Size:
+    # H * 8/3 rounded down to a multiple of 32. Tied: at this width a second table would be waste. Heads are
+    # 32 channels wide in every tiny size, so that a student can take over a wider teacher's heads whole.
+    intermediate = hidden * 8 // 3 // 32 * 32
+    return Size(hidden, intermediate, layers, heads, tie_embeddings=True, vocab_size=258, positions=512)
+
+
+SIZES: dict[str, Size] = {
+    # for tests (35 thousand parameters) and for experiments of minutes on a CPU, with 256 codes
+    "micro": Size(32, 96, layers=2, heads=2, tie_embeddings=True, vocab_size=258, positions=512),
+    "tiny": _tiny(128, layers=4, heads=4),  # 0.79M
+    "tiny-192": _tiny(192, layers=4, heads=6),  # 1.82M
+    "tiny-256": _tiny(256, layers=4, heads=8),  # 3.18M
+    # DeLVM. The paper's text fixes 300M (299.5M) and 1B (1.164B); its 80M is nowhere specified: ours goes on
+    # halving the width and the heads, which gives 83M.
+    "80m": _paper(512, heads=4),
+    "300m": _paper(1024, heads=8),
+    "1b": _paper(2048, heads=16),
+    # LVM (Bai et al. 2024), as in its published checkpoints: bias-free, 8192 codes and 100 specials
+    "lvm-100m": _lvm(640, 1664, 22, 10),
+    "lvm-300m": _lvm(1024, 2688, 22, 8),
+    "lvm-600m": _lvm(1536, 4096, 22, 16),
+    "lvm-1b": _lvm(2048, 5504, 22, 16),
+    "lvm-3b": _lvm(3200, 8640, 26, 32),
+    "lvm-7b": _lvm(4096, 11008, 32, 32),
+}
+
+
+def find_size(name: str) -> Size:
+    """The entry of SIZES called `name`. Raises ValueError with the nearest names and all choices."""
+    if name in SIZES:
+        return SIZES[name]
+    near = difflib.get_close_matches(str(name).lower(), SIZES, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"size: {name!r} is not known; {hint}choices: {', '.join(SIZES)}")
+
+
+def configuration(
+    size: str, vocab_size: int, max_positions: int, *, bos: int | None = None, eos: int | None = None
+) -> LlamaConfig:
+    """The transformers configuration of `size`. Raises ValueError for an unknown size, an id out of range."""
+    entry = find_size(size)
+    for key, value in (("vocab_size", vocab_size), ("max_positions", max_positions)):
+        if value < 1:
+            raise ValueError(f"{key}: {value}, must be at least 1")
+    for key, special in (("bos", bos), ("eos", eos)):
+        if special is not None and not 0 <= special < vocab_size:
+            raise ValueError(f"{key}: {special}, must be an id of the vocabulary: 0..{vocab_size - 1}")
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=entry.hidden,
+        intermediate_size=entry.intermediate,
+        num_hidden_layers=entry.layers,
+        num_attention_heads=entry.heads,
+        num_key_value_heads=entry.heads,
+        max_position_embeddings=max_positions,
+        rms_norm_eps=entry.rms_eps,
+        attention_bias=entry.attention_bias,
+        mlp_bias=False,
+        tie_word_embeddings=entry.tie_embeddings,
+        # training never looks at a cache; generation asks for one itself (evaluate/prompting.py)
+        use_cache=False,
+        # said even when None: Llama's own defaults, 1 and 2, are image codes here
+        bos_token_id=bos,
+        eos_token_id=eos,
+        # no padding id: sentences have one length, and an embedding row named as padding gets no gradient
+        pad_token_id=None,
+    )
+
+
+def build(
+    size: str,
+    vocab_size: int,
+    max_positions: int,
+    *,
+    bos: int | None = None,
+    eos: int | None = None,
+    seed: int | None = None,
+) -> LlamaForCausalLM:
+    """A freshly initialised float32 model on the CPU, in training mode.
+
+    Weights are drawn by transformers' own scheme (normal, 0.02). With `seed` they depend on nothing else and
+    the global random state is left alone; without it they follow the global state.
+    Raises ValueError for an unknown size or an id outside the vocabulary.
+    """
+    config = configuration(size, vocab_size, max_positions, bos=bos, eos=eos)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return LlamaForCausalLM(config).train()
+
+
+def num_parameters(size: str, vocab_size: int | None = None) -> int:
+    """Parameters of `size`, tied ones once, counted on the meta device: no memory, no random numbers."""
+    entry = find_size(size)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(configuration(size, vocab_size or entry.vocab_size, entry.positions))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save(model: LlamaForCausalLM, folder: str | Path) -> None:
+    """Writes config.json, generation_config.json, model.safetensors. Raises OSError where they do not fit."""
+    try:
+        _quietly(lambda: model.save_pretrained(folder))
+    except SafetensorError as error:  # a full disk reaches us under this name
+        raise OSError(f"{folder}: the model could not be written: {_one_line(error)}") from error
+
+
+def load(folder: str | Path) -> LlamaForCausalLM:
+    """A transformers folder of a Llama -> the model on the CPU, in evaluation mode, in its saved precision.
+
+    Reads safetensors only, runs no code from the folder and never asks the network. Raises UserError (one
+    line) for a missing folder, a folder without config.json or weights, another kind of model, or weights
+    that are damaged, missing or of another shape.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected a transformers folder with a Llama")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no config.json; expected a transformers folder with a Llama")
+    try:
+        kind = LlamaConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/config.json: cannot be read: {_one_line(error)}") from error
+    if kind != "llama":
+        raise UserError(f"{folder}: holds a model of type {kind!r}; expected 'llama'")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: has no model.safetensors (other weight formats are not read)")
+    model, report = _quietly(lambda: _read(folder))
+    # a tied head is written once and never missing; whatever else is missing would be drawn at random
+    problems = [
+        f"{len(report[key])} tensors {words} (first: {_first(report[key])})"
+        for key, words in (
+            ("missing_keys", "missing"),
+            ("mismatched_keys", "of another shape"),
+            ("unexpected_keys", "unknown"),
+        )
+        if report.get(key)
+    ]
+    if problems:
+        raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+    return model.eval()
+
+
+_UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
+
+
+def _read(folder: Path) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    try:
+        return LlamaForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # load reports them by name
+        )
+    except _UNREADABLE as error:
+        raise UserError(f"{folder}: the model cannot be read: {_one_line(error)}") from error
+
+
+def _quietly(call: Callable[[], Result]) -> Result:
+    """Without transformers' progress bars and its table of misfits: load says the same in one line."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return call()
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first(keys: Any) -> str:
+    key = sorted(keys, key=str)[0]
+    return str(key[0] if isinstance(key, tuple) else key)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

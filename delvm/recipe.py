@@ -1,0 +1,171 @@
+"""A recipe's YAML and `key=value` overrides -> Recipe: the typed sections, composed and checked."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+from yaml import YAMLError
+
+from delvm.distill.module import DistillConfig
+from delvm.errors import UserError
+from delvm.evaluate.prompting import PromptingConfig
+from delvm.images.sources import DataConfig, TaskConfig
+from delvm.pretrain import OptimizerConfig, PretrainConfig
+from delvm.tokenizer.training import TokenizerConfig
+from delvm.tokens.balance import BalanceConfig
+from delvm.tokens.sentences import SentencesConfig
+from delvm.training import TrainerConfig
+
+
+@dataclass
+class Recipe:
+    """A whole run. Sections are stages: `teacher`, `scratch` and `student` run where the recipe has them."""
+
+    name: str = ""
+    """Defaults to the file's name."""
+    run_dir: str = ""
+    """Where everything goes; defaults to `runs/<name>`."""
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    sentences: SentencesConfig = field(default_factory=SentencesConfig)
+    teacher: PretrainConfig | None = None
+    """Learns from labels alone."""
+    scratch: OptimizerConfig | None = None
+    """The control: the student's size, steps, batches and seed without the teacher, on a schedule of its own."""
+    student: DistillConfig | None = None
+    """Learns from labels and teacher."""
+    prompting: PromptingConfig = field(default_factory=PromptingConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("tasks: none; a recipe needs at least one task")
+        for task in self.tasks:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", task):
+                raise ValueError(f"tasks.{task}: a task's name may hold letters, digits, '_' and '-'")
+        for task in self.balance.shares:
+            if task not in self.tasks:
+                raise ValueError(f"balance.shares.{task}: no such task; tasks: {', '.join(self.tasks)}")
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed} must be at least 0")
+        if self.student and not self.teacher:
+            raise ValueError("student: needs a teacher section")
+        if self.scratch and not self.student:
+            raise ValueError("scratch: needs a student section, whose size, steps and batches it takes")
+        if self.tokenizer.factor and self.data.image_size % self.tokenizer.factor:
+            raise ValueError(
+                f"data.image_size: {self.data.image_size} is not a multiple of the tokenizer's downsampling"
+                f" ({self.tokenizer.factor})"
+            )
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides; mappings merge, everything else replaces.
+
+    Raises:
+        UserError: one line with the file, the key, the value and what would be right.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe")
+    try:
+        given = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from error
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{path}: a recipe is a mapping of sections")
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"'{override}': an override is key=value, such as teacher.steps=100")
+    try:
+        flags = OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"overrides: {_one_line(error)}") from error
+    config = OmegaConf.structured(Recipe)
+    for place, layer in ((str(path), given), ("override", flags)):
+        config = _merge(config, layer, place)
+    config.name = config.name or path.stem
+    config.run_dir = config.run_dir or f"runs/{config.name}"
+    return build(config, str(path))
+
+
+def build(config: DictConfig, place: str) -> Recipe:
+    """A checked Recipe from a merged config; errors name the section."""
+    parts: dict[str, Any] = {}
+    for entry in fields(Recipe):
+        if entry.name == "tasks":
+            parts["tasks"] = {
+                str(task): _section(config.tasks, task, f"tasks.{task}", place) for task in config.tasks
+            }
+        else:
+            parts[entry.name] = _section(config, entry.name, entry.name, place)
+    try:
+        return Recipe(**parts)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, loadable again."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def _section(config: DictConfig, key: str, name: str, place: str) -> Any:
+    try:
+        missing = sorted(OmegaConf.missing_keys(config[key])) if isinstance(config[key], DictConfig) else []
+        if missing:
+            raise UserError(f"{place}: {name}.{missing[0]}: missing, give a value")
+        return OmegaConf.to_object(config[key]) if isinstance(config[key], DictConfig) else config[key]
+    except MissingMandatoryValue as error:
+        raise UserError(f"{place}: {name}: missing, give a value") from error
+    except UserError:
+        raise
+    except (ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"{place}: {name}.{_one_line(error)}") from error
+
+
+def _merge(config: DictConfig, layer: DictConfig, place: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(config, layer)  # type: ignore[return-value]
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        near = difflib.get_close_matches(key, list(known_keys(config, layer)), n=3, cutoff=0.5)
+        leaf = key.rsplit(".", 1)[-1]
+        near += [k for k in known_keys(config, layer) if k.rsplit(".", 1)[-1] == leaf and k not in near][:3]
+        hint = f"; nearest: {', '.join(near)}" if near else f"; sections: {', '.join(str(k) for k in config)}"
+        raise UserError(f"{place}: unknown key '{key}'{hint}") from error
+    except (ValidationError, OmegaConfBaseException) as error:
+        raise UserError(f"{place}: {error.full_key}: {_one_line(error)}") from error
+
+
+def known_keys(config: DictConfig, layer: DictConfig) -> Iterator[str]:
+    """Every key that a recipe may hold, dotted; a task's keys once for each task named in `layer` or `config`."""
+    whole = {
+        **{entry.name: None for entry in fields(Recipe)},
+        "data": DataConfig, "balance": BalanceConfig, "tokenizer": TokenizerConfig, "sentences": SentencesConfig,
+        "teacher": PretrainConfig, "scratch": OptimizerConfig, "student": DistillConfig,
+        "prompting": PromptingConfig, "trainer": TrainerConfig,
+    }  # fmt: skip
+    tasks = set(config.tasks) | set(layer.get("tasks") or {})
+    for task in sorted(map(str, tasks)):
+        whole[f"tasks.{task}"] = TaskConfig
+    for section, kind in whole.items():
+        yield section
+        if kind is not None:
+            yield from (f"{section}.{entry.name}" for entry in fields(kind))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split())

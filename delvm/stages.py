@@ -1,0 +1,81 @@
+"""A stage's work -> a whole folder or none.
+
+A stage writes into `.NAME.partial` beside its place and is renamed when whole. Its key is a hash of its section
+and of the keys of the stages it reads: a folder with the same key is reused, any other is made anew.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+RECORD = "stage.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One arrow of the chain.
+
+    `inputs` is everything but other stages' results that the work depends on: dataclasses or JSON values.
+    `work` writes into the folder it is given, and returns the stage's metrics, JSON-ready.
+    """
+
+    name: str
+    inputs: Sequence[Any]
+    needs: Sequence[str]
+    work: Callable[[Path], dict]
+
+
+def stage_key(stage: Stage, keys: dict[str, str]) -> str:
+    """16 hex digits that change with anything the stage's result depends on."""
+    plain = [asdict(item) if is_dataclass(item) and not isinstance(item, type) else item for item in stage.inputs]
+    text = json.dumps([stage.name, plain, [keys[need] for need in stage.needs]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def record(folder: Path) -> dict:
+    """What a whole folder says of its making, `{"key", "seconds", "metrics"}`; empty where there is none."""
+    try:
+        return json.loads((folder / RECORD).read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def run_stage(stage: Stage, run_dir: Path, keys: dict[str, str], say: Callable[[str], None] = print) -> dict:
+    """Do a stage, or find it done; adds its key to `keys` and returns its metrics."""
+    key = stage_key(stage, keys)
+    keys[stage.name] = key
+    folder = run_dir / stage.name
+    done = record(folder)
+    if done.get("key") == key:
+        say(f"{stage.name}: unchanged, reused")
+        return done["metrics"]
+    partial = run_dir / f".{stage.name}.partial"
+    if partial.is_dir() and record(partial).get("key") != key:
+        shutil.rmtree(partial)  # begun for other settings
+    partial.mkdir(parents=True, exist_ok=True)
+    write_atomic(partial / RECORD, json.dumps({"key": key}))
+    start = time.monotonic()
+    metrics = stage.work(partial)
+    seconds = round(time.monotonic() - start, 2)
+    write_atomic(partial / RECORD, json.dumps({"key": key, "seconds": seconds, "metrics": metrics}, indent=2))
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+    say(f"{stage.name}: done in {seconds:.0f} s")
+    return metrics
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

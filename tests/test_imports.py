@@ -1,0 +1,117 @@
+"""Imports point one way: read from the sources, nothing is imported here."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# a file may import the files above it
+ORDER = [
+    "errors",
+    "stages",
+    "console",
+    "images.annotate",
+    "images.augment",
+    "images.scenes",
+    "images.sources",
+    "training",
+    "tokenizer.vqgan",
+    "tokenizer.training",
+    "tokens.balance",
+    "tokens.store",
+    "tokens.sentences",
+    "llama",
+    "pretrain",
+    "distill.divergences",
+    "distill.module",
+    "evaluate.likelihood",
+    "evaluate.prompting",
+    "evaluate.report",
+    "export",
+    "recipe",
+    "chain",
+    "fit",
+]
+PURE = ["tokens.balance", "distill.divergences", "images.augment", "images.annotate"]
+MAY_IMPORT_RECIPE = ["chain", "fit"]
+
+FILES = {
+    ".".join(path.relative_to(ROOT / "delvm").with_suffix("").parts): path
+    for path in sorted((ROOT / "delvm").rglob("*.py"))
+}
+MODULES = {name: path for name, path in FILES.items() if path.name != "__init__.py"}
+# "" is delvm/__init__.py
+PACKAGES = {name.removesuffix("__init__").rstrip("."): path for name, path in FILES.items() if name not in MODULES}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module of delvm that a source names in an import, wherever it stands; a package stands for what its
+    __init__ imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import hides where it points"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name == "delvm" or name.startswith("delvm."):
+                found |= resolve(name.removeprefix("delvm").lstrip("."))
+    return found
+
+
+def resolve(name: str) -> set[str]:
+    """`tokens.balance.plan` or `tokens.balance` -> tokens.balance; `tokenizer.Tokenizer` -> tokenizer.vqgan."""
+    if name in MODULES:
+        return {name}
+    if name in PACKAGES:
+        return imported(PACKAGES[name])
+    assert name, "delvm itself is a package"
+    return resolve(name.rpartition(".")[0])
+
+
+def test_every_module_has_its_place():
+    assert set(MODULES) <= set(ORDER), "a module of delvm is missing in ORDER"
+    assert set(ORDER) <= set(MODULES), "ORDER names a module that is not there"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_file_imports_only_files_above_it(name):
+    below = imported(MODULES[name]) - set(ORDER[: ORDER.index(name)])
+    assert not below, f"{name} imports {sorted(below)}"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_re_exports_only_its_own(name):
+    assert all(module.startswith(f"{name}.") for module in imported(PACKAGES[name]))
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_files_import_nothing_of_delvm(name):
+    assert imported(MODULES[name]) == set()
+
+
+def test_who_imports_recipe_and_fit():
+    tools = {f"tools/{path.name}": path for path in (ROOT / "tools").glob("*.py")}
+    importers = {name: imported(path) for name, path in {**FILES, **tools}.items()}
+    recipe = {name for name, modules in importers.items() if "recipe" in modules}
+    assert {name for name in recipe if not name.startswith("tools/")} <= set(MAY_IMPORT_RECIPE)
+    assert [name for name, modules in importers.items() if "fit" in modules] == []
+
+
+def test_the_reader_sees_every_form_of_import(tmp_path):
+    path = tmp_path / "example.py"
+    path.write_text(
+        "import torch, delvm.llama\n"
+        "from delvm import recipe as recipes, __version__\n"
+        "from delvm.tokens import balance\n"
+        "from delvm.tokens.store import open_store\n"
+        "from delvm.tokenizer import Tokenizer\n"
+        "def later():\n    from delvm.training import train\n"
+    )
+    expected = {"llama", "recipe", "tokens.balance", "tokens.store", "tokenizer.vqgan", "training"}
+    assert imported(path) == expected

@@ -1,0 +1,153 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from delvm import llama
+from delvm.evaluate.likelihood import evaluate
+from delvm.tokens.sentences import ANNOTATION, IMAGE, SPECIAL
+
+# BOS image(3) annotation(3) image(3) annotation(3) EOS
+ROLES = torch.tensor([SPECIAL] + ([IMAGE] * 3 + [ANNOTATION] * 3) * 2 + [SPECIAL], dtype=torch.int8)
+BOS, EOS = 20, 21
+
+
+@pytest.fixture
+def model():
+    model = llama.build("micro", 22, 14, bos=BOS, eos=EOS, seed=0)
+    with torch.no_grad():  # a fresh model is nearly uniform: sharpen it so that differences would show
+        for parameter in model.parameters():
+            parameter.mul_(4.0)
+    return model
+
+
+def _sentences(num, seed=0):
+    codes = torch.randint(0, 20, (num, 12), generator=torch.Generator().manual_seed(seed))
+    edge = torch.ones(num, 1, dtype=torch.int64)
+    return torch.cat([BOS * edge, codes, EOS * edge], 1)
+
+
+def _reference(model, ids):
+    """The definition, sentence by sentence in float64 numpy."""
+    losses, hits, roles = [], [], []
+    with torch.no_grad():
+        logits = model.double()(ids).logits.numpy()
+    model.float()
+    for b in range(len(ids)):
+        for t in range(1, ids.shape[1]):
+            if ROLES[t] == 0:
+                continue
+            row = logits[b, t - 1]
+            log_z = np.log(np.exp(row - row.max()).sum()) + row.max()
+            losses.append(log_z - row[ids[b, t]])
+            hits.append(row.argmax() == int(ids[b, t]))
+            roles.append(int(ROLES[t]))
+    losses, hits, annotation = np.array(losses), np.array(hits), np.array(roles) == 2
+    return {
+        "loss": losses.mean(),
+        "accuracy": hits.mean(),
+        "perplexity": np.exp(losses.mean()),
+        "annotation_loss": losses[annotation].mean(),
+        "annotation_accuracy": hits[annotation].mean(),
+        "annotation_perplexity": np.exp(losses[annotation].mean()),
+    }
+
+
+def test_equals_the_definition_in_float64(model):
+    sentences = {"pose": _sentences(7), "edges": _sentences(5, seed=1)}
+    found = evaluate(model, sentences, ROLES, batch_size=3)
+    assert list(found) == ["pose", "edges"]
+    for task, ids in sentences.items():
+        expected = _reference(model, ids)
+        assert list(found[task]) == list(expected)
+        for key, value in expected.items():
+            assert found[task][key] == pytest.approx(value, rel=1e-5), (task, key)
+            assert type(found[task][key]) is float
+    assert found["pose"]["accuracy"] > 0  # else accuracy would not have been tested
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_batch_size_changes_nothing(model, batch_size):
+    ids = _sentences(7)
+    whole = evaluate(model, {"a": ids}, ROLES, batch_size=7)["a"]
+    split = evaluate(model, {"a": ids}, ROLES, batch_size=batch_size)["a"]
+    assert split == pytest.approx(whole, rel=1e-6)
+
+
+def test_uniform_model_scores_the_logarithm_of_the_vocabulary(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    metrics = evaluate(model, {"a": _sentences(4)}, ROLES)["a"]
+    assert metrics["loss"] == pytest.approx(math.log(22), rel=1e-6)
+    assert metrics["perplexity"] == pytest.approx(22, rel=1e-5)
+
+
+def test_what_follows_the_last_code_does_not_count(model):
+    ids = _sentences(4)
+    other = ids.clone()
+    other[:, -1] = 3  # instead of EOS
+    assert evaluate(model, {"a": ids}, ROLES) == evaluate(model, {"a": other}, ROLES)
+
+
+def test_annotation_metrics_see_annotation_targets_alone(model):
+    ids = _sentences(4)
+    before = evaluate(model, {"a": ids}, ROLES)["a"]
+    # the last annotation's code: nothing after it counts, so only annotation_* and the totals may move
+    other = ids.clone()
+    other[:, 12] = (other[:, 12] + 1) % 20
+    after = evaluate(model, {"a": other}, ROLES)["a"]
+    assert after["annotation_loss"] != before["annotation_loss"]
+    image_before = 2 * before["loss"] - before["annotation_loss"]
+    image_after = 2 * after["loss"] - after["annotation_loss"]
+    assert image_after == pytest.approx(image_before, abs=1e-6)
+
+
+def test_sentences_without_annotations_have_no_annotation_metrics(model):
+    roles = torch.where(ROLES == ANNOTATION, IMAGE, ROLES)
+    assert list(evaluate(model, {"a": _sentences(2)}, roles)["a"]) == ["loss", "accuracy", "perplexity"]
+
+
+def test_the_model_is_left_as_it_was(model):
+    model.train()
+    before = torch.random.get_rng_state()
+    evaluate(model, {"a": _sentences(2)}, ROLES)
+    assert model.training
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert torch.equal(before, torch.random.get_rng_state())
+    model.eval()
+    evaluate(model, {"a": _sentences(2)}, ROLES)
+    assert not model.training
+
+
+def test_a_bfloat16_model_is_scored_in_float32(model):
+    found = evaluate(model.to(torch.bfloat16), {"a": _sentences(8)}, ROLES)["a"]
+    assert found["loss"] == pytest.approx(_reference(model, _sentences(8))["loss"], rel=0.02)
+    # a bfloat16 mean would lie on a grid of 1/64 at this size
+    assert found["loss"] * 64 != pytest.approx(round(found["loss"] * 64), abs=1e-6)
+
+
+def test_progress_counts_sentences(model):
+    seen = []
+    evaluate(model, {"a": _sentences(5), "b": _sentences(2)}, ROLES, batch_size=2, progress=seen.append)
+    assert seen == [2, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (_sentences(2)[:, :-1], r"sentences\.a: shape \(2, 13\), must be \(at least 1, 14\)"),
+        (_sentences(0), r"shape \(0, 14\)"),
+        (_sentences(2) + 1, r"sentences\.a: ids 1\.\.22|ids .*\.\.22, must be in 0\.\.21"),
+        (_sentences(2) - 1 - 20 * (_sentences(2) == 0), r"sentences\.a: ids -"),
+    ],
+)
+def test_sentences_that_do_not_fit(model, ids, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, {"a": ids}, ROLES)
+
+
+def test_roles_without_a_target(model):
+    with pytest.raises(ValueError, match="roles: shape"):
+        evaluate(model, {"a": _sentences(2)}, torch.zeros(14, dtype=torch.int8))
