@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -65,7 +66,7 @@ class PretrainConfig(OptimizerConfig):
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, final: float) -> float:
-    """Linear rise over the first `warmup` of the steps to 1, then cosine decay to `final` at the last step."""
+    """Linear rise to 1 over the first `warmup` of the steps, then cosine decay to `final` at the last."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
@@ -84,7 +85,7 @@ class Pretrain(pl.LightningModule):
         self.model, self.config, self.steps = model, config, steps
 
     def losses(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`loss` to minimise, and its parts. inputs, labels: (batch, length - 1) int64, labels already shifted."""
+        """`loss` to minimise, and its parts. inputs, labels: (batch, length - 1) int64, already shifted."""
         ce = token_cross_entropy(self.model(inputs, use_cache=False).logits, labels)
         return {"loss": ce, "ce": ce}
 
@@ -95,11 +96,12 @@ class Pretrain(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        # Lightning refuses mixed precision with a fused optimizer, for the sake of a scaler that bf16 does not have
+        # Lightning refuses to clip under a fused optimizer in mixed precision: a gradient scaler, which bf16
+        # does not have, would come in between
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         config = self.config
         embeddings = [n for n, _ in self.model.named_parameters() if "embed_tokens" in n]
         groups = param_groups_weight_decay(self.model, config.weight_decay, no_weight_decay_list=embeddings)
@@ -112,5 +114,5 @@ class Pretrain(pl.LightningModule):
 
 
 def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean NLL in nats over labels that are not -100. logits: (batch, length, vocab); labels: (batch, length)."""
+    """Mean NLL in nats over labels that are not -100. logits: (batch, length, vocab), labels: (batch, length)"""
     return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())

@@ -1,7 +1,7 @@
 """A stage's work -> a whole folder or none.
 
-A stage writes into `.NAME.partial` beside its place and is renamed when whole. Its key is a hash of its section
-and of the keys of the stages it reads: a folder with the same key is reused, any other is made anew.
+A stage writes into `.NAME.partial` beside its place and is renamed when whole. Its key is a hash of its
+section and of the keys of the stages it reads: a folder with the same key is reused, any other is made anew.
 """
 
 import hashlib

@@ -19,7 +19,11 @@ def cases(draw):
     samples = draw(counts)
     shares = draw(st.dictionaries(st.sampled_from(sorted(samples)), ratios))
     head_views = draw(st.integers(1, 5))
-    return samples, {"shares": shares, "head_views": head_views, "max_views": draw(st.integers(head_views, 40))}
+    return samples, {
+        "shares": shares,
+        "head_views": head_views,
+        "max_views": draw(st.integers(head_views, 40)),
+    }
 
 
 def _free(config):
@@ -33,7 +37,11 @@ def _head(samples, shares):
 def test_the_quickstart_numbers():
     # 850 / 100 = 8.5 is a tie and goes to the even number
     plans = plan(QUICKSTART, BalanceConfig())
-    assert {task: entry.views for task, entry in plans.items()} == {"segmentation": 1, "deraining": 8, "pose": 17}
+    assert {task: entry.views for task, entry in plans.items()} == {
+        "segmentation": 1,
+        "deraining": 8,
+        "pose": 17,
+    }
     assert {task: entry.pairs for task, entry in plans.items()} == {
         "segmentation": 850,
         "deraining": 800,
@@ -44,7 +52,11 @@ def test_the_quickstart_numbers():
 
 def test_two_views_of_the_head_double_everything():
     plans = plan(QUICKSTART, BalanceConfig(head_views=2))
-    assert {task: entry.views for task, entry in plans.items()} == {"segmentation": 2, "deraining": 17, "pose": 32}
+    assert {task: entry.views for task, entry in plans.items()} == {
+        "segmentation": 2,
+        "deraining": 17,
+        "pose": 32,
+    }
     assert plans["pose"].wanted == 34  # cut by max_views
 
 
@@ -81,7 +93,9 @@ def test_the_head_has_its_views(case, strategy):
     head = plan(samples, BalanceConfig(strategy, **config))[_head(samples, config["shares"])]
     views = config["head_views"]
     assert head.wanted == views
-    assert (head.views, head.repeats) == {"none": (1, 1), "resample": (1, views), "augment": (views, 1)}[strategy]
+    assert (head.views, head.repeats) == {"none": (1, 1), "resample": (1, views), "augment": (views, 1)}[
+        strategy
+    ]
 
 
 @laws
@@ -129,7 +143,9 @@ def test_only_the_ratios_of_the_shares_count(case, power):
     shares = {task: config["shares"].get(task, 1.0) for task in samples}
     # a power of two scales without rounding: equal, not nearly equal
     scaled = {task: share * 2.0**power for task, share in shares.items()}
-    assert plan(samples, BalanceConfig(**config | {"shares": scaled})) == plan(samples, BalanceConfig(**config))
+    assert plan(samples, BalanceConfig(**config | {"shares": scaled})) == plan(
+        samples, BalanceConfig(**config)
+    )
 
 
 @laws

@@ -21,7 +21,9 @@ def _model(seed, size="micro", vocab=VOCAB):
 
 
 def _module(teacher=None, **settings):
-    return Distill(_model(0), teacher or _model(1), DistillConfig(**{"size": "micro", "steps": 10} | settings))
+    return Distill(
+        _model(0), teacher or _model(1), DistillConfig(**{"size": "micro", "steps": 10} | settings)
+    )
 
 
 def _tokens(num=4):
@@ -34,7 +36,8 @@ def _log_softmax(logits):
 
 
 @pytest.mark.parametrize(
-    ("ce_weight", "kd_weight", "temperature"), [(1.0, 1.0, 1.0), (0.1, 0.9, 1.0), (0.5, 2.0, 3.0), (0.0, 1.0, 0.7)]
+    ("ce_weight", "kd_weight", "temperature"),
+    [(1.0, 1.0, 1.0), (0.1, 0.9, 1.0), (0.5, 2.0, 3.0), (0.0, 1.0, 0.7)],
 )
 def test_losses_equal_the_formula(ce_weight, kd_weight, temperature):
     module, tokens = _module(ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature), _tokens()
@@ -118,7 +121,9 @@ def test_a_teacher_of_another_size():
 
 
 def test_another_vocabulary_is_refused():
-    message = r"^student: vocabulary of 12 ids, the teacher's has 13; both must speak the codes of one tokenizer$"
+    message = (
+        r"^student: vocabulary of 12 ids, the teacher's has 13; both must speak the codes of one tokenizer$"
+    )
     with pytest.raises(UserError, match=message):
         _module(teacher=_model(1, vocab=13))
 

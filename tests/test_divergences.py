@@ -11,7 +11,9 @@ seeds = st.integers(0, 10_000)
 
 
 def _logits(seed, *shape, scale=3.0, dtype=torch.float64):
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
+    return (
+        scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ).to(dtype)
 
 
 def _softmax(logits):
@@ -246,7 +248,9 @@ def test_micro_batches_weighted_by_their_tokens_equal_one_batch():
     loss, gradient = _both(student, teacher, labels)
     valid = (labels != -100).sum(-1)
     parts = [_both(student[i], teacher[i], labels[i]) for i in range(4)]
-    torch.testing.assert_close(loss, sum(n * part for n, (part, _) in zip(valid, parts, strict=True)) / valid.sum())
+    torch.testing.assert_close(
+        loss, sum(n * part for n, (part, _) in zip(valid, parts, strict=True)) / valid.sum()
+    )
     by_parts = torch.stack([n / valid.sum() * g for n, (_, g) in zip(valid, parts, strict=True)])
     torch.testing.assert_close(gradient, by_parts)
 
@@ -283,4 +287,6 @@ def test_every_divergence_of_the_table_keeps_the_laws(name):
     same = divergence(student, student.detach())
     torch.testing.assert_close(same, torch.zeros_like(same), atol=1e-12, rtol=0)
     gradcheck = torch.autograd.gradcheck
-    assert gradcheck(lambda s: mean_divergence(divergence, s, teacher, torch.ones(5), temperature=2.0), student)
+    assert gradcheck(
+        lambda s: mean_divergence(divergence, s, teacher, torch.ones(5), temperature=2.0), student
+    )

@@ -43,12 +43,16 @@ FILES = {
 }
 MODULES = {name: path for name, path in FILES.items() if path.name != "__init__.py"}
 # "" is delvm/__init__.py
-PACKAGES = {name.removesuffix("__init__").rstrip("."): path for name, path in FILES.items() if name not in MODULES}
+PACKAGES = {
+    name.removesuffix("__init__").rstrip("."): path for name, path in FILES.items() if name not in MODULES
+}
 
 
 def imported(path: Path) -> set[str]:
-    """Every module of delvm that a source names in an import, wherever it stands; a package stands for what its
-    __init__ imports."""
+    """Every module of delvm that a source names in an import, wherever it stands.
+
+    A package stands for what its __init__ imports.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -65,7 +69,7 @@ def imported(path: Path) -> set[str]:
 
 
 def resolve(name: str) -> set[str]:
-    """`tokens.balance.plan` or `tokens.balance` -> tokens.balance; `tokenizer.Tokenizer` -> tokenizer.vqgan."""
+    """tokens.balance or tokens.balance.plan -> tokens.balance; tokenizer.Tokenizer -> tokenizer.vqgan"""
     if name in MODULES:
         return {name}
     if name in PACKAGES:

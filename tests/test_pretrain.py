@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -6,7 +7,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from delvm import llama
-from delvm.pretrain import OptimizerConfig, Pretrain, PretrainConfig, learning_rate_factor, token_cross_entropy
+from delvm.pretrain import (
+    OptimizerConfig,
+    Pretrain,
+    PretrainConfig,
+    learning_rate_factor,
+    token_cross_entropy,
+)
 
 VOCAB, LENGTH = 12, 14
 
@@ -28,7 +35,7 @@ def test_warm_up_peak_and_end():
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[8] == pytest.approx(0.1 + 0.9 * 0.5)  # half-way down
     assert factors[13] == pytest.approx(0.1)  # the last step has the final rate
-    assert all(before > after for before, after in zip(factors[3:], factors[4:], strict=False))
+    assert all(before > after for before, after in pairwise(factors[3:]))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +164,9 @@ def test_code_0_is_a_target():
     logits = torch.zeros(1, 2, 5)
     logits[..., 0] = 3.0
     labels = torch.zeros(1, 2, dtype=torch.int64)
-    assert token_cross_entropy(logits, labels).item() == pytest.approx(math.log(1 + 4 * math.exp(-3)), rel=1e-5)
+    assert token_cross_entropy(logits, labels).item() == pytest.approx(
+        math.log(1 + 4 * math.exp(-3)), rel=1e-5
+    )
 
 
 # --- configurations ---

@@ -36,12 +36,16 @@ def _coded(samples, views, offset):
 def store():
     train = {"head": _coded(24, 1, 0), "tail": _coded(6, 4, 1000)}
     validation = {"head": _coded(5, 1, 2000), "tail": _coded(3, 2, 3000)}
-    return TokenStore({"num_codes": NUM_CODES, "tokens_per_image": 3}, {"train": train, "validation": validation})
+    return TokenStore(
+        {"num_codes": NUM_CODES, "tokens_per_image": 3}, {"train": train, "validation": validation}
+    )
 
 
 def _dataset(store, *, pairs=2, seed=0, plans=None, num_sentences=10_000):
     plans = plans or plan(SAMPLES, BalanceConfig())
-    return TrainingSentences(store, plans, SentencesConfig(pairs=pairs), num_sentences=num_sentences, seed=seed)
+    return TrainingSentences(
+        store, plans, SentencesConfig(pairs=pairs), num_sentences=num_sentences, seed=seed
+    )
 
 
 def _origin(store, item):
@@ -66,7 +70,9 @@ def test_roles_name_every_position():
     assert (SPECIAL, IMAGE, ANNOTATION) == (0, 1, 2)
     assert roles(2, 3).tolist() == [0, 1, 1, 1, 2, 2, 2, 1, 1, 1, 2, 2, 2, 0]
     assert roles(2, 3).dtype == torch.int8
-    assert [len(roles(pairs, 64)) for pairs in (1, 2, 8)] == [sentence_length(pairs, 64) for pairs in (1, 2, 8)]
+    assert [len(roles(pairs, 64)) for pairs in (1, 2, 8)] == [
+        sentence_length(pairs, 64) for pairs in (1, 2, 8)
+    ]
     assert sentence_length(2, 64) == 258
 
 

@@ -100,7 +100,9 @@ def test_going_back_is_a_change_too(chain):
     assert chain.ran == ["second"]
 
 
-@pytest.mark.parametrize("extra", [{"seed": 1}, {"tasks": {"pose": {"share": 1.0}}}, {"section": Section(1, {"a": 2.0})}])
+@pytest.mark.parametrize(
+    "extra", [{"seed": 1}, {"tasks": {"pose": {"share": 1.0}}}, {"section": Section(1, {"a": 2.0})}]
+)
 def test_every_input_counts(chain, extra):
     chain.run()
     chain.run(**extra)
@@ -116,7 +118,9 @@ def test_keys():
     assert len(key()) == 16
     assert int(key(), 16) >= 0
     assert key() == key()
-    assert key(inputs=[{"x": 1, "y": 2}]) == key(inputs=[{"y": 2, "x": 1}])  # the order of a mapping says nothing
+    assert key(inputs=[{"x": 1, "y": 2}]) == key(
+        inputs=[{"y": 2, "x": 1}]
+    )  # the order of a mapping says nothing
     distinct = [
         key(),
         key(name="b"),

@@ -19,7 +19,7 @@ STEPS, BATCH = 12, 4
 
 
 class Noisy(pl.LightningModule):
-    """A linear layer whose step draws from torch's global random state; momentum and schedule are states too."""
+    """A linear layer whose step draws from torch's global random state; optimizer and schedule have states."""
 
     def __init__(self, seed=0, fail_at=()):
         super().__init__()
@@ -66,7 +66,10 @@ class Sentences(torch.utils.data.Dataset):
     def __getitem__(self, index):
         if index == self.at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return {"tokens": torch.randint(0, 12, (8,), generator=torch.Generator().manual_seed(index)), "task": 0}
+        return {
+            "tokens": torch.randint(0, 12, (8,), generator=torch.Generator().manual_seed(index)),
+            "task": 0,
+        }
 
     def __len__(self):
         return STEPS * BATCH
@@ -125,7 +128,7 @@ def test_the_curve_is_the_mean_between_its_points(tmp_path):
 
 
 def test_training_equals_a_plain_loop(tmp_path):
-    """One optimizer step a batch on the batch's gradient, clipped to its norm, the schedule stepped after it."""
+    """One optimizer step a batch on its gradient, clipped to the norm, and the schedule's step after it."""
     curve = _run(tmp_path, module := Noisy(), Items())
     plain = Noisy()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.05)
@@ -250,7 +253,9 @@ def test_a_students_checkpoint_holds_no_teacher(tmp_path):
     def walk(value):
         if isinstance(value, torch.Tensor):
             shapes.add(tuple(value.shape))
-        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        for part in (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        ):
             walk(part)
 
     walk(checkpoint)
@@ -394,6 +399,8 @@ def test_impossible_values(values, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there():
-    with pytest.raises(ValueError, match=r"^accelerator: 'gpu' asked for, but torch sees none; choices: auto, cpu$"):
+    with pytest.raises(
+        ValueError, match=r"^accelerator: 'gpu' asked for, but torch sees none; choices: auto, cpu$"
+    ):
         TrainerConfig(accelerator="gpu")
     assert TrainerConfig().device() == torch.device("cpu")

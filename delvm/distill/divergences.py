@@ -22,12 +22,12 @@ def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> to
     """
     log_student = _log_softmax(student_logits)
     log_teacher = _log_softmax(teacher_logits)
-    # a code of teacher probability 0 adds nothing (0 log 0); without the mask -inf - x turns into NaN
+    # a code of teacher probability 0 adds nothing (0 log 0); without the mask 0 times -inf turns into NaN
     ruled_out = log_teacher == -torch.inf
     # a student's -inf under a live teacher would make the loss infinite and its gradient NaN
     # (a root, so that the sum over any number of such tokens stays finite as well)
     floor = -(torch.finfo(log_student.dtype).max ** 0.5)
-    difference = (log_teacher.masked_fill(ruled_out, 0.0) - log_student.clamp_min(floor)).masked_fill(ruled_out, 0.0)
+    difference = (log_teacher - log_student.clamp_min(floor)).masked_fill(ruled_out, 0.0)
     return (log_teacher.exp() * difference).sum(-1)
 
 
@@ -59,7 +59,8 @@ def mean_divergence(
     """
     if student_logits.shape[-1] != teacher_logits.shape[-1]:
         raise ValueError(
-            f"vocabulary: the student has {student_logits.shape[-1]} ids, the teacher {teacher_logits.shape[-1]}"
+            f"vocabulary: the student has {student_logits.shape[-1]} ids,"
+            f" the teacher {teacher_logits.shape[-1]}"
         )
     valid = labels != ignore_index
     # ignored logits go before anything is computed from them: 0 times NaN would still be NaN in the gradient

@@ -47,8 +47,8 @@ class Distill(Pretrain):
         super().__init__(model, config, config.steps)
         if model.config.vocab_size != teacher.config.vocab_size:
             raise UserError(
-                f"student: vocabulary of {model.config.vocab_size} ids, the teacher's has {teacher.config.vocab_size};"
-                " both must speak the codes of one tokenizer"
+                f"student: vocabulary of {model.config.vocab_size} ids,"
+                f" the teacher's has {teacher.config.vocab_size}; both must speak the codes of one tokenizer"
             )
         self.distill = config
         self._hidden = [teacher.eval().requires_grad_(False)]  # a list: nn.Module does not look inside

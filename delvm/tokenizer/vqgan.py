@@ -1,8 +1,8 @@
 """Pictures -> grids of codes, and back: the tokenizer users hold, over diffusers.VQModel.
 
-    tokenizer = delvm.tokenizer.load("run/tokenizer")
-    codes = tokenizer.encode(images)        # (batch, 3, H, W) in 0..1 -> (batch, tokens) int64
-    pictures = tokenizer.decode(codes)      # back to (batch, 3, H, W) in 0..1
+tokenizer = delvm.tokenizer.load("run/tokenizer")
+codes = tokenizer.encode(images)        # (batch, 3, H, W) in 0..1 -> (batch, tokens) int64
+pictures = tokenizer.decode(codes)      # back to (batch, 3, H, W) in 0..1
 """
 
 import hashlib
@@ -28,8 +28,9 @@ WRAPPER_CONFIG = "delvm_tokenizer.json"
 class Tokenizer(nn.Module):
     """A VQGAN whose codes are read in raster order: the image's rows from the top, each from the left.
 
-    With patch > 1 every patch x patch square of pixels becomes one pixel of 3 * patch**2 channels before the network
-    (pixel-unshuffle) and is spread out again behind it: several times cheaper than a stem of strided convolutions.
+    With patch > 1 every patch x patch square of pixels becomes one pixel of 3 * patch**2 channels before the
+    network (pixel-unshuffle) and is spread out again behind it: several times cheaper than a stem of strided
+    convolutions.
     """
 
     def __init__(
@@ -48,7 +49,12 @@ class Tokenizer(nn.Module):
             if config[key] != 3 * patch**2:
                 raise ValueError(f"{key}: {config[key]}, patch {patch} needs 3 * {patch}**2 = {3 * patch**2}")
         factor = patch * 2 ** (len(config["block_out_channels"]) - 1)
-        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1 or image_size % factor:
+        if (
+            isinstance(image_size, bool)
+            or not isinstance(image_size, int)
+            or image_size < 1
+            or image_size % factor
+        ):
             raise ValueError(f"image_size: {image_size!r}, must be a positive multiple of {factor} pixels")
         if len(pixel_range) != 2 or not pixel_range[0] < pixel_range[1]:
             raise ValueError(f"pixel_range: {pixel_range!r}, must be two numbers, the lower first")
@@ -100,7 +106,7 @@ class Tokenizer(nn.Module):
         return {"patch": self.patch, "image_size": self.image_size, "pixel_range": list(self.pixel_range)}
 
     def to_latents(self, images: Tensor) -> Tensor:
-        """(batch, 3, H, W) float in 0..1 -> (batch, code_dim, rows, columns), before the nearest code is taken.
+        """(batch, 3, H, W) float in 0..1 -> (batch, code_dim, rows, columns) float, not yet codes.
 
         Differentiable. Raises ValueError for another shape, size, type or range.
         """
@@ -110,9 +116,9 @@ class Tokenizer(nn.Module):
         return self.vqgan.encode(F.pixel_unshuffle(pixels, self.patch)).latents
 
     def from_latents(self, latents: Tensor) -> Tensor:
-        """(batch, code_dim, rows, columns) vectors of codes -> (batch, 3, H, W) float about 0..1, not clamped.
+        """(batch, code_dim, rows, columns) vectors of codes -> (batch, 3, H, W) float about 0..1.
 
-        Differentiable.
+        Differentiable, so not clamped.
         """
         decoded = self.vqgan.decoder(self.vqgan.post_quant_conv(latents))
         return self._to_unit(decoded)
@@ -123,9 +129,9 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(batch, 3, H, W) float in 0..1 -> (batch, num_tokens) int64 in 0..num_codes-1: each place's nearest code (L2).
+        """(batch, 3, H, W) float in 0..1 -> (batch, num_tokens) int64 in 0..num_codes-1.
 
-        Raises ValueError for another shape, size, type or range.
+        Each place gets the nearest code (L2). Raises ValueError for another shape, size, type or range.
         """
         latents = self.to_latents(images)
         return self.vqgan.quantize(latents)[2][2].view(len(images), self.num_tokens)
@@ -156,7 +162,9 @@ class Tokenizer(nn.Module):
     def _check_images(self, images: Tensor) -> None:
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images: shape {tuple(images.shape)}, must be (batch, {', '.join(map(str, expected))})")
+            raise ValueError(
+                f"images: shape {tuple(images.shape)}, must be (batch, {', '.join(map(str, expected))})"
+            )
         if not images.is_floating_point():
             raise ValueError(f"images: {images.dtype}, must be floating-point in 0..1 (divide uint8 by 255)")
         # a little beyond the range is what resampling leaves; far beyond it the 0..255 were not divided
@@ -164,20 +172,23 @@ class Tokenizer(nn.Module):
             raise ValueError(f"images: from {images.amin():.4g} to {images.amax():.4g}, must lie in 0..1")
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json, diffusion_pytorch_model.safetensors (a diffusers.VQModel folder) and delvm_tokenizer.json.
+        """Write a folder that diffusers.VQModel.from_pretrained loads too, plus delvm_tokenizer.json.
 
         Writes straight into the folder: for an all-or-nothing result hand over a new one and rename it.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.vqgan.save_pretrained(folder, safe_serialization=True)
-        (folder / WRAPPER_CONFIG).write_text(json.dumps(self._wrapper_settings(), indent=2) + "\n", encoding="utf-8")
+        (folder / WRAPPER_CONFIG).write_text(
+            json.dumps(self._wrapper_settings(), indent=2) + "\n", encoding="utf-8"
+        )
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":
-        """The tokenizer that save() wrote, in evaluation mode, on the CPU. Reads safetensors and JSON, no pickle.
+        """The tokenizer that save() wrote, in evaluation mode, on the CPU.
 
-        Raises UserError for a missing folder or file and for a file that cannot be read.
+        Reads safetensors and JSON, no pickle. Raises UserError for a missing folder or file and for a file
+        that cannot be read.
         """
         folder = Path(folder)
         if not folder.is_dir():
