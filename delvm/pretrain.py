@@ -94,7 +94,10 @@ class Pretrain(pl.LightningModule):
         return self.losses(tokens[:, :-1], tokens[:, 1:])
 
     def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         # Lightning refuses to clip under a fused optimizer in mixed precision: a gradient scaler, which bf16
         # does not have, would come in between
@@ -114,5 +117,5 @@ class Pretrain(pl.LightningModule):
 
 
 def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean NLL in nats over labels that are not -100. logits: (batch, length, vocab), labels: (batch, length)"""
+    """Mean NLL in nats, labels of -100 left out. logits: (batch, length, vocab); labels: (batch, length)."""
     return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())

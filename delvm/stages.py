@@ -33,7 +33,9 @@ class Stage:
 
 def stage_key(stage: Stage, keys: dict[str, str]) -> str:
     """16 hex digits that change with anything the stage's result depends on."""
-    plain = [asdict(item) if is_dataclass(item) and not isinstance(item, type) else item for item in stage.inputs]
+    plain = [
+        asdict(item) if is_dataclass(item) and not isinstance(item, type) else item for item in stage.inputs
+    ]
     text = json.dumps([stage.name, plain, [keys[need] for need in stage.needs]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

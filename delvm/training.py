@@ -1,7 +1,7 @@
 """A LightningModule and a data set -> the trained module: the one set-up of Lightning's Trainer.
 
-Every stage that trains runs here, so that all of them show one progress bar, log to TensorBoard, stop cleanly on
-Ctrl-C and SIGTERM, and go on from their last checkpoint to the result that an uninterrupted run has.
+Every stage that trains runs here, so that all of them show one progress bar, log to TensorBoard, stop cleanly
+on Ctrl-C and SIGTERM, and go on from their last checkpoint to the result that an uninterrupted run has.
 """
 
 import os
@@ -151,7 +151,9 @@ class Progress(pl.Callback):
             point = {key: float(value) / num_steps for key, value in self._sums.items()}
             self._sums = {}
             if not all(map(torch.isfinite, map(torch.tensor, point.values()))):
-                raise UserError(f"{self.name}: not a finite loss at step {step}: {point}; lower learning_rate")
+                raise UserError(
+                    f"{self.name}: not a finite loss at step {step}: {point}; lower learning_rate"
+                )
             self.curve.append({"step": step, **point})
             self._bar.set_postfix({"loss": f"{point['loss']:.3f}"}, refresh=False)
             for logger in trainer.loggers:
@@ -167,11 +169,14 @@ class Progress(pl.Callback):
         trainer.save_checkpoint(partial)
         os.replace(partial, self.folder / CHECKPOINT)
 
-    # not `teardown`: Lightning calls that only after it has put back its own signal handlers, and only if all went well
+    # not in `teardown`: Lightning calls that after it has put back the signal handlers it found, and only if
+    # all went well
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -210,7 +215,7 @@ def train(
         tensorboard: folder of the event files.
 
     Returns:
-        One dict every `log_every` steps and at the last: `step`, and the mean since the last point of each value.
+        One dict every `log_every` steps and at the last: `step`, and each value's mean since the one before.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint stands in `folder`.
@@ -233,7 +238,7 @@ def train(
         trainer = pl.Trainer(
             accelerator=config.accelerator,
             devices=1,
-            precision=config.precision,
+            precision=config.precision,  # type: ignore[arg-type]  # one of PRECISIONS
             max_steps=steps,
             max_epochs=-1,
             gradient_clip_val=clip,

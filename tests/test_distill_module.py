@@ -9,6 +9,7 @@ from delvm.distill.module import Distill, DistillConfig
 from delvm.errors import UserError
 from delvm.pretrain import Pretrain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB, LENGTH = 12, 14
 
 

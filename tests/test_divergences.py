@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from delvm.distill.divergences import DIVERGENCES, forward_kl, mean_divergence
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 laws = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 10_000)
 

@@ -15,6 +15,7 @@ from delvm.pretrain import (
     token_cross_entropy,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB, LENGTH = 12, 14
 
 

@@ -7,7 +7,10 @@ import pytest
 from delvm.errors import UserError
 from delvm.tokens.store import code_dtype, open_store, write_grid, write_manifest
 
-SHAPES = {"pose": {"train": (5, 3, 2, 4), "validation": (2, 1, 2, 4)}, "edges": {"train": (7, 1, 2, 4), "validation": (3, 1, 2, 4)}}  # fmt: skip
+SHAPES = {
+    "pose": {"train": (5, 3, 2, 4), "validation": (2, 1, 2, 4)},
+    "edges": {"train": (7, 1, 2, 4), "validation": (3, 1, 2, 4)},
+}
 
 
 def _write(folder, num_codes=256):

@@ -15,11 +15,12 @@ from delvm.errors import UserError
 from delvm.pretrain import Pretrain, PretrainConfig
 from delvm.training import CHECKPOINT, Interrupted, Shuffled, TrainerConfig, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, BATCH = 12, 4
 
 
 class Noisy(pl.LightningModule):
-    """A linear layer whose step draws from torch's global random state; optimizer and schedule have states."""
+    """A linear layer whose step draws from torch's global random state; optimizer, schedule have theirs."""
 
     def __init__(self, seed=0, fail_at=()):
         super().__init__()

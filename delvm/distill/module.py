@@ -68,6 +68,10 @@ class Distill(Pretrain):
         student_logits = self.model(inputs, use_cache=False).logits
         ce = token_cross_entropy(student_logits, labels)
         kd = mean_divergence(
-            DIVERGENCES[config.divergence], student_logits, teacher_logits, labels, temperature=config.temperature
+            DIVERGENCES[config.divergence],
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature=config.temperature,
         )
         return {"loss": config.ce_weight * ce + config.kd_weight * kd, "ce": ce, "kd": kd}

@@ -169,9 +169,9 @@ class TokenizerTraining(pl.LightningModule):
     """Trains a tokenizer: squared error of its pixels, plus a pull of the latents towards their codes.
 
     The codes are moving averages of the latents they stand for (van den Oord 2017, appendix A.1), start at
-    the k-means of the first batch, and start anew at a latent of the batch when they fall out of use; so there
-    is no codebook loss. They live in a quantizer of vector_quantize_pytorch until finish() copies them into
-    the tokenizer.
+    the k-means of the first batch, and start anew at a latent of the batch when they fall out of use; so
+    there is no codebook loss. They live in a quantizer of vector_quantize_pytorch until finish() copies them
+    into the tokenizer.
 
     A batch: uint8 (batch, 2, H, W, 3), (image, annotation) pairs, or (batch, H, W, 3), pictures.
     Everything a resumed run needs is in the state dict: the draws of k-means and of codes that start anew

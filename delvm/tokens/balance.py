@@ -83,7 +83,7 @@ def plan(samples: Mapping[str, int], config: BalanceConfig) -> dict[str, TaskPla
 
 
 def summary(plans: Mapping[str, TaskPlan], tokens_per_pair: int) -> dict[str, dict[str, int]]:
-    """`{task: {samples, views, repeats, tokens_before, tokens_after}}`: the plan as numbers of image tokens an epoch."""
+    """The plan in image tokens an epoch: `{task: {samples, views, repeats, tokens_before, tokens_after}}`."""
     return {
         task: {
             "samples": entry.samples,

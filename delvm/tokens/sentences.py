@@ -1,7 +1,7 @@
 """Token grids -> visual sentences of fixed length.
 
-A sentence is `BOS image annotation image annotation ... EOS`, all pairs from one task (Bai et al. 2023). The ids
-of BOS and EOS follow the codes: `num_codes` and `num_codes + 1`.
+A sentence is `BOS image annotation image annotation ... EOS`, all pairs from one task (Bai et al. 2023). The
+ids of BOS and EOS follow the codes: `num_codes` and `num_codes + 1`.
 """
 
 from collections.abc import Mapping
@@ -69,7 +69,9 @@ def shuffled_pairs(entry: TaskPlan, rng: np.random.Generator) -> np.ndarray:
     rounds = entry.views * entry.repeats
     offsets = rng.integers(entry.views, size=entry.samples)
     order = [rng.permutation(entry.samples) for _ in range(rounds)]
-    picks = [np.stack([samples, (offsets[samples] + r) % entry.views], axis=1) for r, samples in enumerate(order)]
+    picks = [
+        np.stack([samples, (offsets[samples] + r) % entry.views], axis=1) for r, samples in enumerate(order)
+    ]
     return np.concatenate(picks)
 
 
@@ -124,7 +126,7 @@ class TrainingSentences(Dataset):
 
 
 def validation_picks(num_samples: int, config: SentencesConfig, seed: int, task: int) -> np.ndarray:
-    """(validation, pairs) int64: the samples of each fixed held-out sentence of the task with index `task`."""
+    """(validation, pairs) int64: samples of the fixed held-out sentences of the task with index `task`."""
     rng = np.random.default_rng([seed, task])
     wanted = config.validation * config.pairs
     rounds = -(-wanted // num_samples)
@@ -133,7 +135,7 @@ def validation_picks(num_samples: int, config: SentencesConfig, seed: int, task:
 
 
 def validation_sentences(store: TokenStore, config: SentencesConfig, seed: int) -> dict[str, torch.Tensor]:
-    """The fixed held-out sentences, `{task: (validation, length) int64}`: real samples only, the first view."""
+    """The fixed held-out sentences, `{task: (validation, length) int64}`: real samples, the first view."""
     sentences = {}
     for index, (task, grid) in enumerate(store.grids["validation"].items()):
         samples = validation_picks(len(grid), config, seed, index)

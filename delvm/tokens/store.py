@@ -71,15 +71,18 @@ def open_store(folder: Path) -> TokenStore:
     """Open a store for reading.
 
     Raises:
-        UserError: no manifest or an unreadable one; a grid that is missing, cut short or of another shape than the
-            manifest says.
+        UserError: no manifest or an unreadable one; a grid that is missing, cut short or of another shape
+            than the manifest says.
     """
     path = folder / "manifest.json"
     if not path.is_file():
         raise UserError(f"{folder}: not a token store (no manifest.json)")
     try:
         manifest = json.loads(path.read_text())
-        shapes = {task: {split: entry[split]["shape"] for split in SPLITS} for task, entry in manifest["tasks"].items()}
+        shapes = {
+            task: {split: entry[split]["shape"] for split in SPLITS}
+            for task, entry in manifest["tasks"].items()
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: unreadable manifest ({error!r})") from error
     grids: dict[str, dict[str, np.ndarray]] = {split: {} for split in SPLITS}
