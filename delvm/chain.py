@@ -1,16 +1,15 @@
-"""Recipe -> its stages, run in the order of the data flow: images to a distilled, evaluated, exported student."""
+"""Recipe -> its stages, in the order of the data flow: images to a distilled, evaluated student."""
 
 import json
-from collections.abc import Iterable, Iterator
+import shutil
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
-from PIL import Image
 from tqdm.auto import tqdm
 
 from delvm import console, llama
@@ -18,16 +17,15 @@ from delvm import recipe as recipes
 from delvm.distill.module import Distill
 from delvm.errors import UserError
 from delvm.evaluate import likelihood, prompting
-from delvm.evaluate.report import Report, render
 from delvm.export import export
-from delvm.images.sources import Views, fingerprint, index_data, open_sources, read_picture
-from delvm.pretrain import Pretrain
+from delvm.images.sources import Views, fingerprint, index_data, open_sources
+from delvm.pretrain import Pretrain, PretrainConfig
 from delvm.recipe import Recipe
-from delvm.stages import Stage, record, run_stage, stage_key, write_atomic
+from delvm.stages import Stage, run_stage, write_atomic
 from delvm.tokenizer import Tokenizer
 from delvm.tokenizer import training as tokenizer_training
 from delvm.tokens import balance, sentences
-from delvm.tokens.store import code_dtype, open_store, write_grid, write_manifest
+from delvm.tokens.store import code_dtype, encode, open_store, write_grid, write_manifest
 from delvm.training import Shuffled, train
 
 ROLES = ("teacher", "scratch", "student")
@@ -48,31 +46,26 @@ class Run:
 
     def data(self, folder: Path) -> dict:
         """Images -> the list of readable samples."""
-        recipe = self.recipe
-        manifest = index_data(recipe.tasks, recipe.data, recipe.seed)
+        manifest = self.index()
         write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1))
         return {task: len(entry["skipped"]) for task, entry in manifest.items()}
 
     def tokenizer(self, folder: Path) -> dict:
         """The training pictures -> a tokenizer."""
         recipe, config = self.recipe, self.recipe.tokenizer
-        views = ConcatDataset(self.views("train").values())
-        if config.folder:
-            tokenizer = Tokenizer.load(config.folder)
-            if tokenizer.image_size != recipe.data.image_size:
-                raise UserError(
-                    f"tokenizer.folder: '{config.folder}' is for {tokenizer.image_size} px,"
-                    f" data.image_size is {recipe.data.image_size}"
-                )
-        else:
+        views: ConcatDataset = ConcatDataset(self.views("train").values())
+        tokenizer = self.given_tokenizer
+        if tokenizer is None:
             pl.seed_everything(recipe.seed, verbose=False)
             module = tokenizer_training.TokenizerTraining(config, recipe.data.image_size)
             pairs = max(1, config.batch_size // 2)
             self.train("tokenizer", module, Shuffled(views, config.steps * pairs, recipe.seed), config.steps,
                        pairs, clip=1.0, folder=folder)  # fmt: skip
             tokenizer = module.finish()
-        sample = Shuffled(views, min(len(views), 1024), recipe.seed + 1)
-        metrics = tokenizer_training.measure(tokenizer.to(recipe.trainer.device()), DataLoader(sample, batch_size=64))
+        sample = Shuffled(views, min(len(views), 512), recipe.seed + 1)
+        metrics = tokenizer_training.measure(
+            tokenizer.to(recipe.trainer.device()), DataLoader(sample, batch_size=64)
+        )
         tokenizer_training.check(metrics, config)
         tokenizer.cpu().save(folder)
         return metrics
@@ -90,7 +83,7 @@ class Run:
                 for task, views in parts.items():
                     shape = (len(views.source), views.num_views, 2, tokenizer.num_tokens)
                     loader = DataLoader(views, batch_size=64, num_workers=self.recipe.trainer.num_workers)
-                    rows = encode_pairs(tokenizer, loader, device, bar)
+                    rows = encode(tokenizer, loader, bar.update)
                     checksum = write_grid(folder / f"{task}.{split}.npy", shape, dtype, rows)
                     tasks[task][split] = {"shape": list(shape), "sha256": checksum}
         write_manifest(folder, {
@@ -110,9 +103,12 @@ class Run:
     def scratch(self, folder: Path) -> dict:
         """Visual sentences -> the student's control: same start, sentences and steps, no teacher."""
         config, student = self.recipe.scratch, self.recipe.student
-        assert config is not None and student is not None
+        assert config is not None
+        assert student is not None
         module = Pretrain(self.new_model(student.size, self.recipe.seed + 1), config, student.steps)
-        return self.train_model("scratch", module, student.steps, student.batch_size, self.recipe.seed + 1, folder)
+        return self.train_model(
+            "scratch", module, student.steps, student.batch_size, self.recipe.seed + 1, folder
+        )
 
     def student(self, folder: Path) -> dict:
         """Visual sentences and the teacher -> the student."""
@@ -120,7 +116,9 @@ class Run:
         assert config is not None
         model = self.new_model(config.size, self.recipe.seed + 1)
         module = Distill(model, llama.load(self.dir / "teacher"), config)
-        return self.train_model("student", module, config.steps, config.batch_size, self.recipe.seed + 1, folder)
+        return self.train_model(
+            "student", module, config.steps, config.batch_size, self.recipe.seed + 1, folder
+        )
 
     def evaluate(self, folder: Path) -> dict:
         """Models -> their scores on held-out sentences, and the annotations they generate."""
@@ -149,7 +147,7 @@ class Run:
                         decoded = tokenizer.decode(codes.to(device)).cpu()
                     for row, picture in zip(rows, decoded, strict=True):
                         row.append((role, (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()))
-        save_pictures(folder / "pictures", pictures)
+        prompting.save_pictures(folder / "pictures", pictures)
         return scores
 
     def export(self, folder: Path) -> dict:
@@ -158,7 +156,13 @@ class Run:
         metrics = {role: self.metrics["evaluate"][role] for role in self.models}
         card = {"name": self.recipe.name, "metrics": metrics, "recipe": recipes.to_yaml(self.recipe),
                 "data": self.describe_data()}  # fmt: skip
-        export(self.dir / self.models[-1], self.dir / "tokenizer", folder, num_codes=tokenizer.num_codes, card=card)
+        export(
+            self.dir / self.models[-1],
+            self.dir / "tokenizer",
+            folder,
+            num_codes=tokenizer.num_codes,
+            card=card,
+        )
         return {}
 
     # --- the chain ---
@@ -173,11 +177,14 @@ class Run:
         recipe = self.recipe
         tasks = {task: asdict(config) for task, config in recipe.tasks.items()}
         files = fingerprint(recipe.tasks)
+        given = self.given_tokenizer.hash if self.given_tokenizer else ""
         data = [tasks, recipe.data, recipe.seed, files]
         learning = [recipe.sentences.pairs, recipe.seed, recipe.trainer.precision]
         chain = [
             Stage("data", data, [], self.data),
-            Stage("tokenizer", [recipe.tokenizer, recipe.balance, recipe.seed], ["data"], self.tokenizer),
+            Stage(
+                "tokenizer", [recipe.tokenizer, given, recipe.balance, recipe.seed], ["data"], self.tokenizer
+            ),
             Stage("tokens", [], ["tokenizer"], self.tokens),
             Stage("teacher", [recipe.teacher, *learning], ["tokens"], self.teacher),
             Stage("scratch", [recipe.scratch, *student_frame(recipe), *learning], ["tokens"], self.scratch),
@@ -188,37 +195,48 @@ class Run:
         skipped = set(ROLES) - set(self.models) | (set() if self.models else {"evaluate", "export"})
         return [stage for stage in chain if stage.name not in skipped]
 
-    def fit(self) -> dict:
-        """Run what is not done yet; returns what `metrics.json` holds."""
-        check_run_dir(self.dir, self.recipe)
+    def fit(self) -> None:
+        """Run what is not done yet.
+
+        Raises:
+            UserError: what is wrong with the input; a run folder that is not there yet is then not made.
+        """
+        data, *others = self.stages()
+        new = not self.dir.exists()
         self.dir.mkdir(parents=True, exist_ok=True)
         write_atomic(self.dir / "recipe.yaml", recipes.to_yaml(self.recipe))
-        for stage in self.stages():
-            self.metrics[stage.name] = run_stage(stage, self.dir, self.keys, console.console.print)
-            if stage.name == "data":
-                self.open_data(json.loads((self.dir / "data" / "manifest.json").read_text()))
-                console.show_plan(self.balance())
-        result = {
-            "balance": self.balance(),
-            "skipped": self.metrics["data"],
-            "tokenizer": self.metrics["tokenizer"],
-            "evaluate": self.metrics.get("evaluate", {}),
-            "seconds": {stage.name: record(self.dir / stage.name)["seconds"] for stage in self.stages()},
-        }
-        write_atomic(self.dir / "metrics.json", json.dumps(result, indent=2) + "\n")
-        write_atomic(self.dir / "report.html", render(self.report(result)))
-        return result
+        try:
+            self.run(data)
+        except UserError:
+            if new:
+                shutil.rmtree(self.dir)
+            raise
+        self.open_data(json.loads((self.dir / "data" / "manifest.json").read_text()))
+        console.show_plan(self.balance())
+        for stage in others:
+            self.run(stage)
+
+    def run(self, stage: Stage) -> None:
+        """Do one stage, or find it done."""
+        self.metrics[stage.name] = run_stage(stage, self.dir, self.keys, console.console.print)
 
     # --- what the arrows share ---
+
+    def index(self) -> dict[str, dict]:
+        """The index of samples, every file read once."""
+        return index_data(self.recipe.tasks, self.recipe.data, self.recipe.seed)
 
     def open_data(self, manifest: dict[str, dict]) -> None:
         """Take over the index of samples, and plan the balance from it."""
         self.manifest = manifest
+        for entry in manifest.values():
+            for message in entry["skipped"]:
+                console.console.print(f"skipped: {message}", soft_wrap=True)
         counts = {task: num_samples(entry["train"]) for task, entry in manifest.items()}
         self.plans = balance.plan(counts, self.recipe.balance)
 
     def views(self, split: str) -> dict[str, Views]:
-        """The pictures of a split by task: the planned views for training, the samples as they are for validation."""
+        """The pictures of a split by task: training has the planned views, validation the samples alone."""
         recipe = self.recipe
         sources = open_sources(self.manifest, recipe.tasks, split, recipe.seed)
         return {
@@ -233,19 +251,34 @@ class Run:
             for task, source in sources.items()
         }
 
+    @cached_property
+    def given_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of `tokenizer.folder`; None where one is trained.
+
+        Raises:
+            UserError: it cannot be loaded, or is for pictures of another size.
+        """
+        folder, size = self.recipe.tokenizer.folder, self.recipe.data.image_size
+        if not folder:
+            return None
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.image_size != size:
+            raise UserError(
+                f"tokenizer.folder: '{folder}' is for {tokenizer.image_size} px, data.image_size is {size}"
+            )
+        return tokenizer
+
     @property
     def num_tokens(self) -> int:
         """Tokens of one picture."""
-        config = self.recipe.tokenizer
-        if config.folder:
-            return Tokenizer.load(config.folder).num_tokens
-        return (self.recipe.data.image_size // config.factor) ** 2
+        if self.given_tokenizer:
+            return self.given_tokenizer.num_tokens
+        return (self.recipe.data.image_size // self.recipe.tokenizer.factor) ** 2
 
     @property
     def num_codes(self) -> int:
         """Codes of the tokenizer."""
-        config = self.recipe.tokenizer
-        return Tokenizer.load(config.folder).num_codes if config.folder else config.num_codes
+        return self.given_tokenizer.num_codes if self.given_tokenizer else self.recipe.tokenizer.num_codes
 
     @property
     def length(self) -> int:
@@ -255,6 +288,12 @@ class Run:
     def balance(self) -> dict[str, dict[str, int]]:
         """The plan as numbers, by task."""
         return balance.summary(self.plans, 2 * self.num_tokens)
+
+    def model_config(self, role: str) -> PretrainConfig:
+        """The size, steps and batches of a role; the scratch control has the student's."""
+        config = self.recipe.teacher if role == "teacher" else self.recipe.student
+        assert config is not None
+        return config
 
     def new_model(self, size: str, seed: int) -> Any:
         """An untrained model over the tokenizer's codes, BOS and EOS."""
@@ -292,15 +331,16 @@ class Run:
         )  # fmt: skip
         write_atomic(folder / "curve.json", json.dumps(curve))
 
-    def prompt_pictures(self) -> dict[str, list[list[tuple[str, np.ndarray]]]]:
+    def prompt_pictures(self) -> dict[str, list[list[prompting.Picture]]]:
         """The real pictures of the first held-out sentences: example pairs, query and truth, captioned."""
-        recipe, rows = self.recipe, {}
+        recipe = self.recipe
+        rows: dict[str, list[list[prompting.Picture]]] = {}
         for index, (task, views) in enumerate(self.views("validation").items()):
             picks = sentences.validation_picks(len(views), recipe.sentences, recipe.seed, index)
             rows[task] = []
             for sentence in picks[: recipe.prompting.pictures]:
                 pairs = [views[int(sample)].numpy() for sample in sentence]
-                row = []
+                row: list[prompting.Picture] = []
                 for image, annotation in pairs[:-1]:
                     row += [("example", image), ("annotation", annotation)]
                 rows[task].append([*row, ("query", pairs[-1][0]), ("truth", pairs[-1][1])])
@@ -315,61 +355,6 @@ class Run:
             lines.append(f"{task}: {origin}, {train} training and {held} held-out pairs")
         return "\n".join(lines)
 
-    def report(self, result: dict) -> Report:
-        """What the page shows, read back from the run folder."""
-        curves = {}
-        for role in self.models:
-            points = json.loads((self.dir / role / "curve.json").read_text())
-            curves[role] = [(point["step"], point["ce"]) for point in points]
-        facts = [("seed", str(self.recipe.seed)), ("image size", f"{self.recipe.data.image_size} px")]
-        for role in self.models:
-            config = self.recipe.teacher if role == "teacher" else self.recipe.student
-            assert config is not None
-            parameters = llama.num_parameters(config.size, self.num_codes + 2)
-            facts.append((role, f"{config.size}: {parameters / 1e6:.2f}M parameters, {config.steps} steps"))
-        seconds = sum(result["seconds"].values())
-        facts.append(("time", f"{seconds:.0f} s in all stages"))
-        return Report(
-            title=self.recipe.name,
-            facts=facts,
-            balance=result["balance"],
-            tokenizer=result["tokenizer"],
-            curves=curves,
-            scores=result["evaluate"],
-            pictures=load_pictures(self.dir / "evaluate" / "pictures"),
-            recipe=recipes.to_yaml(self.recipe),
-        )
-
-    # --- before anything runs ---
-
-    def dry_run(self) -> None:
-        """Check every input and print plan and sizes; writes nothing, trains nothing."""
-        check_run_dir(self.dir, self.recipe)
-        self.open_data(index_data(self.recipe.tasks, self.recipe.data, self.recipe.seed))
-        for task, entry in self.manifest.items():
-            for message in entry["skipped"]:
-                console.console.print(f"skipped: {message}")
-            held = num_samples(entry["validation"])
-            console.console.print(f"{task}: {num_samples(entry['train'])} training, {held} held-out pairs")
-        console.show_plan(self.balance())
-        rows = []
-        for role in self.models:
-            config = self.recipe.teacher if role == "teacher" else self.recipe.student
-            assert config is not None
-            parameters = llama.num_parameters(config.size, self.num_codes + 2)
-            per_step = config.batch_size * self.length
-            rows.append((role, config.size, parameters, config.steps, per_step, per_step * config.steps))
-        console.table("models", ["model", "size", "parameters", "steps", "tokens a step", "tokens"], rows)
-        console.console.print(
-            f"sentences: {self.recipe.sentences.pairs} pairs, {self.length} tokens of {self.num_codes} codes + 2"
-        )
-        for stage in self.stages():
-            need = [name for name in stage.needs if name not in self.keys]
-            assert not need, need
-            self.keys[stage.name] = stage_key(stage, self.keys)
-            done = record(self.dir / stage.name).get("key") == self.keys[stage.name]
-            console.console.print(f"{stage.name}: {'done, would be reused' if done else 'to do'}")
-
 
 def num_samples(entry: int | list) -> int:
     """Samples of a manifest's split: scenes are counted, files listed."""
@@ -380,58 +365,3 @@ def student_frame(recipe: Recipe) -> list:
     """What the scratch control takes from the student's section."""
     student = recipe.student
     return [student.size, student.steps, student.batch_size] if student else []
-
-
-def check_run_dir(folder: Path, recipe: Recipe) -> None:
-    """Refuse a run folder that holds something else.
-
-    Raises:
-        UserError: a file, a folder of another recipe, or a folder that is not a run.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"run_dir: '{folder}' is a file")
-    saved = folder / "recipe.yaml"
-    if not saved.is_file():
-        if any(folder.iterdir()):
-            raise UserError(f"run_dir: '{folder}' is not empty and holds no run; choose another run_dir")
-        return
-    name = recipes.load(saved).name
-    if name != recipe.name:
-        raise UserError(
-            f"run_dir: '{folder}' belongs to recipe '{name}', this one is '{recipe.name}'; choose another run_dir"
-        )
-
-
-def encode_pairs(
-    tokenizer: Tokenizer, batches: Iterable[torch.Tensor], device: torch.device, bar: tqdm
-) -> Iterator[np.ndarray]:
-    """uint8 (batch, 2, H, W, 3) -> (batch, 2, tokens) codes, batch by batch."""
-    for batch in batches:
-        images = tokenizer_training.to_pictures(batch.to(device))
-        with torch.inference_mode():
-            codes = tokenizer.encode(images)
-        bar.update(len(batch))
-        yield codes.reshape(len(batch), 2, -1).cpu().numpy()
-
-
-def save_pictures(folder: Path, pictures: dict[str, list[list[tuple[str, np.ndarray]]]]) -> None:
-    """`TASK/ROW-PLACE-CAPTION.png`."""
-    for task, rows in pictures.items():
-        (folder / task).mkdir(parents=True, exist_ok=True)
-        for number, row in enumerate(rows):
-            for place, (caption, picture) in enumerate(row):
-                Image.fromarray(picture).save(folder / task / f"{number:03}-{place:02}-{caption}.png")
-
-
-def load_pictures(folder: Path) -> dict[str, list[list[tuple[str, np.ndarray]]]]:
-    """What `save_pictures` wrote."""
-    pictures: dict[str, list[list[tuple[str, np.ndarray]]]] = {}
-    for task in sorted(path for path in folder.glob("*") if path.is_dir()):
-        rows: dict[str, list[tuple[str, np.ndarray]]] = {}
-        for file in sorted(task.glob("*.png")):
-            number, _, caption = file.stem.split("-", 2)
-            rows.setdefault(number, []).append((caption, read_picture(file)))
-        pictures[task.name] = list(rows.values())
-    return pictures

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)  # a path may hold [brackets]
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -29,25 +29,33 @@ def show_plan(summary: Mapping[str, Mapping[str, int]]) -> None:
             entry["views"],
             entry["repeats"],
             entry["tokens_before"],
-            f"{entry['tokens_before'] / total_before:.1%}",
+            f"{entry['tokens_before'] / total_before:.0%}",
             entry["tokens_after"],
-            f"{entry['tokens_after'] / total_after:.1%}",
+            f"{entry['tokens_after'] / total_after:.0%}",
         )
         for task, entry in summary.items()
     ]
-    table("balance", ["task", "samples", "views", "repeats", "tokens", "share", "balanced", "share"], rows)
+    table("balance", ["task", "samples", "views", "rep.", "tokens", "", "after", ""], rows)
 
 
 def show_scores(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """Held-out loss, accuracy and perplexity of every model, by task and over their mean."""
-    columns = ["task", "model", "loss", "accuracy", "perplexity", "ann. loss", "ann. acc.", "ann. ppl."]
-    keys = ["loss", "accuracy", "perplexity", "annotation_loss", "annotation_accuracy", "annotation_perplexity"]
+    """Held-out loss, accuracy and perplexity of every model by task: all codes / annotation codes."""
     rows: list[list[object]] = []
     for task in next(iter(scores.values())):
         for model, tasks in scores.items():
-            rows.append([task, model, *(f"{tasks[task][key]:.3f}" for key in keys)])
+            entry = tasks[task]
+            both = (
+                f"{entry[key]:.3f} / {entry['annotation_' + key]:.3f}"
+                for key in ("loss", "accuracy", "perplexity")
+            )
+            rows.append([task, model, *both])
     for model, tasks in scores.items():
-        means = {key: sum(entry[key] for entry in tasks.values()) / len(tasks) for key in keys}
-        shown = [f"{means[key]:.3f}" if "perplexity" not in key else "" for key in keys]
-        rows.append(["mean over tasks", model, *shown])
-    table("held-out sentences (loss in nats)", columns, rows)
+        loss, annotation_loss = (
+            sum(entry[key] for entry in tasks.values()) / len(tasks) for key in ("loss", "annotation_loss")
+        )
+        rows.append(["mean", model, f"{loss:.3f} / {annotation_loss:.3f}", "", ""])
+    table(
+        "held-out sentences: all codes / annotation codes",
+        ["task", "model", "loss", "accuracy", "perplexity"],
+        rows,
+    )

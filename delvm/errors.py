@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake in a recipe, a file or a folder. The message is one line: key or file, what is wrong, the choices.
+    """A mistake in a recipe, a file or a folder, in one line: key or file, what is wrong, the choices.
 
     Entry points print the message without a traceback and exit with status 2.
     """

@@ -4,8 +4,8 @@
     python -m delvm.fit recipes/pairs.yaml tasks.edges.images=photos tasks.edges.annotations=drawings seed=1
     python -m delvm.fit recipes/quickstart.yaml --dry-run
 
-A recipe's sections are stages. Each leaves a folder under run_dir, whole or not at all; a second run reuses what is
-unchanged, makes anew what a changed section touches, and goes on where it was stopped.
+A recipe's sections are stages. Each leaves a folder under run_dir, whole or not at all; a second run reuses
+what is unchanged, makes anew what a changed section touches, and goes on where it was stopped.
 """
 
 import argparse
@@ -31,8 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m delvm.fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", type=Path, help="a YAML file; its header says what it does and needs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1 or student.steps=400")
-    parser.add_argument("--dry-run", action="store_true", help="check every input, print plan and sizes, train nothing")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as seed=1 or student.steps=400"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check every input, print plan and sizes, train nothing"
+    )
     options = parser.parse_intermixed_args(arguments)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -43,33 +47,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(recipe_file: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -> int:
     """Run a recipe file; returns 0, 2 for what the user can mend, 130 when stopped."""
-    _quieten()
-    # imported here, so that --help and a wrong path answer at once
-    from delvm import chain, console, recipe
+    # imported here, so that --help answers at once
+    from delvm import chain, recipe, summary
     from delvm.training import Interrupted
+
+    _quieten()  # after the imports: lightning sets its levels on import
 
     folder: Path | None = None
     try:
         work = chain.Run(recipe.load(recipe_file, overrides))
+        recipe.check_run_dir(work.recipe)
         folder = work.dir
         if dry_run:
-            work.dry_run()
-            return 0
-        result = work.fit()
-        if result["evaluate"]:
-            console.show_scores(result["evaluate"])
-        console.console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+            summary.dry_run(work)
+        else:
+            work.fit()
+            summary.conclude(work)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"\n{error or 'stopped'}; the same command goes on from here", file=sys.stderr)
+        print(f"\n{str(error) or 'stopped'}; the same command goes on from here", file=sys.stderr)
         return STOPPED
     except Exception as error:
         if folder is not None and disk_full(error, folder):
-            print(f"error: run_dir: no space left on the disk of '{folder}'; free some, the same command goes on",
-                  file=sys.stderr)  # fmt: skip
+            why = f"run_dir: no space left on the disk of '{folder}'; free some, the same command goes on"
+            print(f"error: {why}", file=sys.stderr)
             return USAGE_ERROR
         if isinstance(error, PermissionError):
             print(f"error: {error.filename}: permission denied", file=sys.stderr)
@@ -98,8 +102,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _quieten() -> None:
     """Leave the terminal to our own lines: bars, tables and what went wrong."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        for logger in [name, *(n for n in logging.root.manager.loggerDict if n.startswith(f"{name}."))]:
+            logging.getLogger(logger).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

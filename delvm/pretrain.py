@@ -117,5 +117,9 @@ class Pretrain(pl.LightningModule):
 
 
 def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean NLL in nats, labels of -100 left out. logits: (batch, length, vocab); labels: (batch, length)."""
-    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+    """Mean NLL in nats over the labels that are not -100; 0 with a graph where all are.
+
+    logits: (batch, length, vocab); labels: (batch, length) int64.
+    """
+    total = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    return total / (labels != -100).sum().clamp_min(1)

@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigKeyError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-    ValidationError,
-)
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from delvm.distill.module import DistillConfig
@@ -25,6 +20,13 @@ from delvm.tokenizer.training import TokenizerConfig
 from delvm.tokens.balance import BalanceConfig
 from delvm.tokens.sentences import SentencesConfig
 from delvm.training import TrainerConfig
+
+SECTIONS: dict[str, type] = {
+    "data": DataConfig, "balance": BalanceConfig, "tokenizer": TokenizerConfig, "sentences": SentencesConfig,
+    "teacher": PretrainConfig, "scratch": OptimizerConfig, "student": DistillConfig,
+    "prompting": PromptingConfig, "trainer": TrainerConfig,
+}  # fmt: skip
+MAX_SEED = 2**32 - 2  # the student takes the next one, Lightning none from 2**32
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Recipe:
     teacher: PretrainConfig | None = None
     """Learns from labels alone."""
     scratch: OptimizerConfig | None = None
-    """The control: the student's size, steps, batches and seed without the teacher, on a schedule of its own."""
+    """The control: the student's size, steps, batches and seed, no teacher, on a schedule of its own."""
     student: DistillConfig | None = None
     """Learns from labels and teacher."""
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
@@ -61,6 +63,8 @@ class Recipe:
                 raise ValueError(f"balance.shares.{task}: no such task; tasks: {', '.join(self.tasks)}")
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} must be at least 0")
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed: {self.seed} must be at most {MAX_SEED}")
         if self.student and not self.teacher:
             raise ValueError("student: needs a teacher section")
         if self.scratch and not self.student:
@@ -96,9 +100,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     config = OmegaConf.structured(Recipe)
     for place, layer in ((str(path), given), ("override", flags)):
         config = _merge(config, layer, place)
-    config.name = config.name or path.stem
-    config.run_dir = config.run_dir or f"runs/{config.name}"
-    return build(config, str(path))
+    # of the layers: where a key has a default, the merged config has forgotten the `???`
+    for place, layer in (("override", flags), (str(path), OmegaConf.merge(given, flags))):
+        for key in _missing(OmegaConf.to_container(layer)):
+            raise UserError(f"{place}: {key}: missing, give a value")
+    recipe = build(config, str(path))
+    recipe.name = recipe.name or path.stem
+    recipe.run_dir = recipe.run_dir or f"runs/{recipe.name}"
+    return recipe
 
 
 def build(config: DictConfig, place: str) -> Recipe:
@@ -117,6 +126,30 @@ def build(config: DictConfig, place: str) -> Recipe:
         raise UserError(f"{place}: {error}") from error
 
 
+def check_run_dir(recipe: Recipe) -> None:
+    """Refuse a run folder that holds something else.
+
+    Raises:
+        UserError: a file, a folder of another recipe, or a folder that is not a run.
+    """
+    folder = Path(recipe.run_dir)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"run_dir: '{folder}' is a file")
+    saved = folder / "recipe.yaml"
+    if not saved.is_file():
+        if any(folder.iterdir()):
+            raise UserError(f"run_dir: '{folder}' is not empty and holds no run; choose another run_dir")
+        return
+    name = load(saved).name
+    if name != recipe.name:
+        raise UserError(
+            f"run_dir: '{folder}' belongs to recipe '{name}', this one is '{recipe.name}';"
+            " choose another run_dir"
+        )
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, loadable again."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
@@ -124,21 +157,20 @@ def to_yaml(recipe: Recipe) -> str:
 
 def _section(config: DictConfig, key: str, name: str, place: str) -> Any:
     try:
-        missing = sorted(OmegaConf.missing_keys(config[key])) if isinstance(config[key], DictConfig) else []
-        if missing:
-            raise UserError(f"{place}: {name}.{missing[0]}: missing, give a value")
-        return OmegaConf.to_object(config[key]) if isinstance(config[key], DictConfig) else config[key]
-    except MissingMandatoryValue as error:
-        raise UserError(f"{place}: {name}: missing, give a value") from error
-    except UserError:
-        raise
-    except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"{place}: {name}.{_one_line(error)}") from error
+        value = config[key]
+        return OmegaConf.to_object(value) if isinstance(value, DictConfig) else value
+    except OmegaConfBaseException as error:
+        raise UserError(f"{place}: {error.full_key or name}: {_one_line(error)}") from error
+    except ValueError as error:  # of a section's own checks: it begins with the key
+        raise UserError(f"{place}: {name}.{error}") from error
 
 
 def _merge(config: DictConfig, layer: DictConfig, place: str) -> DictConfig:
+    plain: Any = OmegaConf.to_container(layer)
+    _need_mappings(plain, {*SECTIONS, "tasks"}, "", place)
+    _need_mappings(plain.get("tasks"), None, "tasks.", place)
     try:
-        return OmegaConf.merge(config, layer)  # type: ignore[return-value]
+        return OmegaConf.merge(config, layer)
     except ConfigKeyError as error:
         key = str(error.full_key)
         near = difflib.get_close_matches(key, list(known_keys(config, layer)), n=3, cutoff=0.5)
@@ -146,18 +178,20 @@ def _merge(config: DictConfig, layer: DictConfig, place: str) -> DictConfig:
         near += [k for k in known_keys(config, layer) if k.rsplit(".", 1)[-1] == leaf and k not in near][:3]
         hint = f"; nearest: {', '.join(near)}" if near else f"; sections: {', '.join(str(k) for k in config)}"
         raise UserError(f"{place}: unknown key '{key}'{hint}") from error
-    except (ValidationError, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise UserError(f"{place}: {error.full_key}: {_one_line(error)}") from error
 
 
+def _need_mappings(layer: Any, keys: set[str] | None, prefix: str, place: str) -> None:
+    """Refuse sections that are no mapping; OmegaConf would not say which, or raise TypeError."""
+    for key, value in layer.items() if isinstance(layer, dict) else ():
+        if (keys is None or key in keys) and not isinstance(value, dict | None) and value != "???":
+            raise UserError(f"{place}: {prefix}{key}: {value!r} is not a mapping of settings")
+
+
 def known_keys(config: DictConfig, layer: DictConfig) -> Iterator[str]:
-    """Every key that a recipe may hold, dotted; a task's keys once for each task named in `layer` or `config`."""
-    whole = {
-        **{entry.name: None for entry in fields(Recipe)},
-        "data": DataConfig, "balance": BalanceConfig, "tokenizer": TokenizerConfig, "sentences": SentencesConfig,
-        "teacher": PretrainConfig, "scratch": OptimizerConfig, "student": DistillConfig,
-        "prompting": PromptingConfig, "trainer": TrainerConfig,
-    }  # fmt: skip
+    """Every key that a recipe may hold, dotted; a task's keys once for each task of `layer` and `config`."""
+    whole: dict[str, Any] = {**{entry.name: None for entry in fields(Recipe)}, **SECTIONS}
     tasks = set(config.tasks) | set(layer.get("tasks") or {})
     for task in sorted(map(str, tasks)):
         whole[f"tasks.{task}"] = TaskConfig
@@ -165,6 +199,15 @@ def known_keys(config: DictConfig, layer: DictConfig) -> Iterator[str]:
         yield section
         if kind is not None:
             yield from (f"{section}.{entry.name}" for entry in fields(kind))
+
+
+def _missing(layer: Any, key: str = "") -> Iterator[str]:
+    """The dotted keys that say `???`."""
+    if isinstance(layer, dict):
+        for name, value in layer.items():
+            yield from _missing(value, f"{key}.{name}" if key else str(name))
+    elif layer == "???":
+        yield key
 
 
 def _one_line(error: BaseException) -> str:

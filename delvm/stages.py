@@ -61,16 +61,18 @@ def run_stage(stage: Stage, run_dir: Path, keys: dict[str, str], say: Callable[[
     if partial.is_dir() and record(partial).get("key") != key:
         shutil.rmtree(partial)  # begun for other settings
     partial.mkdir(parents=True, exist_ok=True)
-    write_atomic(partial / RECORD, json.dumps({"key": key}))
-    start = time.monotonic()
-    metrics = stage.work(partial)
-    seconds = round(time.monotonic() - start, 2)
-    write_atomic(partial / RECORD, json.dumps({"key": key, "seconds": seconds, "metrics": metrics}, indent=2))
+    done = record(partial)
+    if "metrics" not in done:  # else it was killed between its last two lines
+        write_atomic(partial / RECORD, json.dumps({"key": key}))
+        start = time.monotonic()
+        metrics = stage.work(partial)
+        done = {"key": key, "seconds": round(time.monotonic() - start, 2), "metrics": metrics}
+        write_atomic(partial / RECORD, json.dumps(done, indent=2))
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
-    say(f"{stage.name}: done in {seconds:.0f} s")
-    return metrics
+    say(f"{stage.name}: done in {done['seconds']:.0f} s")
+    return done["metrics"]
 
 
 def write_atomic(path: Path, text: str) -> None:

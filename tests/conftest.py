@@ -1,6 +1,28 @@
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+MICRO = """
+# two scenes and a folder task over 16 px, 8 codes and micro models: the whole chain in seconds
+seed: 0
+data: {{image_size: 16}}
+tasks:
+  segmentation:
+    {{scene: segmentation, samples: 12, validation_samples: 6, policy: segmentation, nearest: true}}
+  pose: {{scene: pose, samples: 4, validation_samples: 6, policy: pose}}
+  grey: {{images: {images}, annotations: {annotations}, validation_fraction: 0.4}}
+tokenizer:
+  {{num_codes: 16, code_dim: 4, channels: 32, steps: 6, batch_size: 8, min_codes_used: 0, min_psnr: 0}}
+sentences: {{pairs: 2, validation: 5}}
+teacher: {{size: tiny, steps: 8, batch_size: 4, learning_rate: 1.0e-3}}
+scratch: {{learning_rate: 2.0e-3, warmup: 0.3}}
+student: {{size: micro, steps: 6, batch_size: 4, learning_rate: 1.0e-3}}
+prompting: {{pictures: 2}}
+trainer: {{log_every: 2, checkpoint_every: 3, accelerator: cpu}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -12,3 +34,49 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def write_pairs(folder: Path, num: int = 10) -> None:
+    """`images/NAME.jpg`, 24x20 blocks of colour, and `annotations/NAME.png`, the same in grey."""
+    rng = np.random.default_rng(0)
+    for name in ("images", "annotations"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number in range(num):
+        picture = Image.fromarray(rng.integers(256, size=(5, 6, 3)).astype(np.uint8)).resize((24, 20), 0)
+        picture.save(folder / "images" / f"{number}.jpg")
+        picture.convert("L").save(folder / "annotations" / f"{number}.png")
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """A folder with ten pairs in `images/` and `annotations/`."""
+    write_pairs(tmp_path / "pairs")
+    return tmp_path / "pairs"
+
+
+@pytest.fixture
+def micro(tmp_path: Path, pairs: Path) -> Path:
+    """A recipe file that runs every stage in seconds."""
+    recipe = tmp_path / "micro.yaml"
+    recipe.write_text(MICRO.format(images=pairs / "images", annotations=pairs / "annotations"))
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the micro recipe: `micro.yaml`, `pairs/`, `run/`. Read it; copy it to change it."""
+    import torch
+
+    from delvm import fit
+
+    root = tmp_path_factory.mktemp("finished")
+    write_pairs(root / "pairs")
+    recipe = root / "micro.yaml"
+    recipe.write_text(
+        MICRO.format(images=root / "pairs" / "images", annotations=root / "pairs" / "annotations")
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert fit.run(recipe, [f"run_dir={root / 'run'}"]) == 0
+    torch.set_num_threads(threads)
+    return root

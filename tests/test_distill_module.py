@@ -75,6 +75,7 @@ def test_the_gradient_on_the_student_is_that_of_the_formula():
 def test_without_kd_the_student_learns_as_in_pretraining():
     tokens = _tokens()
     distill = _module(kd_weight=0.0)
+    distill.teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher ran for nothing"))
     pretrain = Pretrain(_model(0), distill.config, distill.config.steps)
     for module in (distill, pretrain):
         module.training_step({"tokens": tokens})["loss"].backward()

@@ -153,6 +153,14 @@ def test_token_cross_entropy_leaves_ignored_labels_out():
     )
 
 
+def test_token_cross_entropy_of_ignored_labels_alone_is_0_with_a_graph():
+    logits = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = token_cross_entropy(logits, torch.full((1, 3), -100))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.equal(logits.grad, torch.zeros(1, 3, 5))
+
+
 def test_token_cross_entropy_is_computed_in_float32():
     logits = torch.randn(4, 50, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels = torch.zeros(4, 50, dtype=torch.int64)

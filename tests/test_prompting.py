@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from delvm import llama
-from delvm.evaluate.prompting import complete
+from delvm.evaluate.prompting import complete, load_pictures, save_pictures
 
 NUM_CODES = 16
 
@@ -92,6 +93,21 @@ def test_sampling_follows_the_models_probabilities(model, prompts):
         expected = torch.softmax(model(prompts[:1]).logits[0, -1, :NUM_CODES] / 2.0, -1)
     shares = torch.bincount(found, minlength=NUM_CODES) / 4000
     assert (shares - expected).abs().max() < 0.03  # four standard errors
+
+
+def test_pictures_come_back_as_they_were_saved(tmp_path):
+    rng = np.random.default_rng(0)
+    captions = ["example", "annotation", "query", "truth", "teacher"]
+    rows = [[(c, rng.integers(256, size=(6, 6, 3)).astype(np.uint8)) for c in captions] for _ in range(12)]
+    save_pictures(tmp_path, {"pose": rows[:2], "edges": rows[2:]})
+    found = load_pictures(tmp_path)
+    assert {task: len(entry) for task, entry in found.items()} == {"edges": 10, "pose": 2}
+    for task, expected in (("pose", rows[:2]), ("edges", rows[2:])):
+        for row, saved in zip(found[task], expected, strict=True):
+            assert [caption for caption, _ in row] == captions
+            for (_, one), (_, two) in zip(row, saved, strict=True):
+                np.testing.assert_array_equal(one, two)
+    assert load_pictures(tmp_path / "nothing") == {}
 
 
 def test_the_mode_is_left_as_it_was(model, prompts):

@@ -106,9 +106,9 @@ def test_resampling_repeats_every_sample_as_often(store):
     assert seen == Counter({("head", s, 0): 1 for s in range(24)} | {("tail", s, 0): 4 for s in range(6)})
 
 
-@pytest.mark.parametrize("pairs", [2, 3])
+@pytest.mark.parametrize("pairs", [2, 3, 4, 5, 6])
 def test_two_views_of_a_sample_never_meet_in_a_sentence(store, pairs):
-    # 24 and 6 are multiples of both: a sentence never reaches over two rounds
+    # 6 is no multiple of 4 and 5: there a sentence reaches over two rounds
     dataset = _dataset(store, pairs=pairs)
     for index in range(4 * dataset.sentences_per_epoch):
         samples = [sample for _, sample, _ in _origin(store, dataset[index])]
@@ -116,7 +116,8 @@ def test_two_views_of_a_sample_never_meet_in_a_sentence(store, pairs):
 
 
 def test_each_round_shows_every_sample_once():
-    picks = shuffled_pairs(TaskPlan(samples=6, views=4, repeats=2, wanted=8), np.random.default_rng(0))
+    plan = TaskPlan(samples=6, views=4, repeats=2, wanted=8)
+    picks = shuffled_pairs(plan, 4, np.random.default_rng(0))
     assert picks.shape == (48, 2)
     for round_picks in picks.reshape(8, 6, 2):
         assert sorted(round_picks[:, 0]) == list(range(6))
@@ -212,6 +213,11 @@ def test_validation_shows_every_sample_equally_often():
     picks = validation_picks(5, SentencesConfig(pairs=2, validation=10), 3, 0)
     assert picks.shape == (10, 2)
     assert Counter(picks.reshape(-1).tolist()) == dict.fromkeys(range(5), 4)
+
+
+def test_no_held_out_sentence_repeats_a_sample():
+    picks = validation_picks(5, SentencesConfig(pairs=3, validation=50), 0, 0)
+    assert all(len(set(sentence)) == 3 for sentence in picks.tolist())
 
 
 @pytest.mark.parametrize("key", ["pairs", "validation"])

@@ -3,9 +3,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from delvm.errors import UserError
-from delvm.tokens.store import code_dtype, open_store, write_grid, write_manifest
+from delvm.tokenizer.training import TokenizerConfig, build
+from delvm.tokens.store import code_dtype, encode, open_store, write_grid, write_manifest
 
 SHAPES = {
     "pose": {"train": (5, 3, 2, 4), "validation": (2, 1, 2, 4)},
@@ -125,3 +127,18 @@ def test_a_file_of_another_kind(tmp_path):
     np.save(tmp_path / "pose.train.npy", np.array([{}]), allow_pickle=True)  # would run code when read
     with pytest.raises(UserError, match=r"pose\.train\.npy: unreadable token grid"):
         open_store(tmp_path)
+
+
+def test_encode_gives_the_codes_of_image_and_annotation():
+    tokenizer = build(TokenizerConfig(num_codes=16, code_dim=4, channels=32), 8).eval()
+    torch.nn.init.normal_(tokenizer.codebook, generator=torch.Generator().manual_seed(0))
+    pairs = torch.randint(256, (5, 2, 8, 8, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    sizes = []
+    rows = list(encode(tokenizer, pairs.split(2), sizes.append))
+    assert sizes == [2, 2, 1]
+    found = np.concatenate(rows)
+    assert found.shape == (5, 2, 4)
+    for pair, codes in zip(pairs, found, strict=True):
+        expected = tokenizer.encode(pair.permute(0, 3, 1, 2).float() / 255)
+        np.testing.assert_array_equal(codes, expected.numpy())
+    assert len(np.unique(found)) > 4

@@ -12,7 +12,13 @@ SCORES = {"loss", "accuracy", "perplexity", "annotation_loss", "annotation_accur
 
 def check(run: Path) -> None:
     """Raises AssertionError or OSError at the first thing that is missing or wrong."""
-    for name in ("recipe.yaml", "metrics.json", "report.html", "tokens/manifest.json", "tokenizer/config.json"):
+    for name in (
+        "recipe.yaml",
+        "metrics.json",
+        "report.html",
+        "tokens/manifest.json",
+        "tokenizer/config.json",
+    ):
         assert (run / name).stat().st_size > 0, name
     assert list((run / "tensorboard").rglob("events.out.tfevents.*")), "no TensorBoard events"
     for name in ("teacher", "scratch", "student", "export"):

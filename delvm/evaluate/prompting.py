@@ -1,10 +1,15 @@
 """A prompt of example pairs and a query, as tokens -> the tokens of the query's annotation."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM
+
+from delvm.images.sources import read_picture
 
 
 @dataclass
@@ -98,3 +103,28 @@ def _check(
         raise ValueError(f"temperature: {temperature}, must be 0 (most likely) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: {top_p}, must be above 0 and at most 1")
+
+
+Picture = tuple[str, np.ndarray]
+"""A caption and a (H, W, 3) uint8 picture."""
+
+
+def save_pictures(folder: Path, pictures: dict[str, list[list[Picture]]]) -> None:
+    """Rows of pictures by task -> `TASK/ROW-PLACE-CAPTION.png`."""
+    for task, rows in pictures.items():
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        for number, row in enumerate(rows):
+            for place, (caption, picture) in enumerate(row):
+                Image.fromarray(picture).save(folder / task / f"{number:03}-{place:02}-{caption}.png")
+
+
+def load_pictures(folder: Path) -> dict[str, list[list[Picture]]]:
+    """What `save_pictures` wrote; empty for a folder that is not there."""
+    pictures: dict[str, list[list[Picture]]] = {}
+    for task in sorted(path for path in folder.glob("*") if path.is_dir()):
+        rows: dict[str, list[Picture]] = {}
+        for file in sorted(task.glob("*.png")):
+            number, _, caption = file.stem.split("-", 2)
+            rows.setdefault(number, []).append((caption, read_picture(file)))
+        pictures[task.name] = list(rows.values())
+    return pictures

@@ -43,7 +43,7 @@ def swap_colours(picture: np.ndarray, pairs: ColourPairs) -> np.ndarray:
     return swapped.reshape(picture.shape)
 
 
-class MirrorPerson(A.HorizontalFlip):  # type: ignore[misc]
+class MirrorPerson(A.HorizontalFlip):
     """A horizontal flip after which left limbs have the colours of left limbs again."""
 
     def __init__(self, pairs: ColourPairs, p: float = 0.5) -> None:

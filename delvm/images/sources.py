@@ -10,11 +10,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from delvm.errors import UserError
-from delvm.images.augment import POLICIES, view
+from delvm.images.augment import JOINT_COLOUR, POLICIES, view
 from delvm.images.scenes import SCENES, Scenes
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -50,7 +51,7 @@ class TaskConfig:
     """Folder of held-out pictures; otherwise `validation_fraction` splits `images`."""
     validation_annotations: str = ""
     validation_fraction: float = 0.0
-    """Share of the stems held out. A stem falls on the same side in every task of the recipe."""
+    """Share of the stems held out. A stem falls on the same side in every task with this share."""
     scene: str = ""
     """A name from `delvm.images.scenes.SCENES`: exact annotations over photographs, made on the spot."""
     samples: int = 0
@@ -65,6 +66,11 @@ class TaskConfig:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"policy: '{self.policy}' is unknown; choices: {', '.join(POLICIES)}")
+        if self.nearest and self.policy in JOINT_COLOUR:
+            others = ", ".join(name for name in POLICIES if name not in JOINT_COLOUR)
+            raise ValueError(
+                f"policy: '{self.policy}' changes the colours that nearest keeps as labels; choices: {others}"
+            )
         for key in ("samples", "validation_samples"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}: {getattr(self, key)} must be at least 0")
@@ -87,8 +93,8 @@ class TaskConfig:
             raise ValueError("validation_fraction: not together with validation_images")
         if not self.validation_images and not 0 < self.validation_fraction < 1:
             raise ValueError(
-                f"validation_fraction: {self.validation_fraction} must lie between 0 and 1, or give validation_images"
-                " and validation_annotations"
+                f"validation_fraction: {self.validation_fraction} must lie between 0 and 1, or give"
+                " validation_images and validation_annotations"
             )
 
 
@@ -103,14 +109,16 @@ class Source(Protocol):
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB.
+    """(H, W, 3) uint8 RGB, turned upright where the camera says so.
 
     Raises:
         UserError: missing, truncated or not a picture.
     """
     try:
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
+            if picture.mode[0] in "IF":  # I;16, I, F: Pillow would make 255 of everything above it
+                raise ValueError("more than 8 bits a channel; save it with 8")
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: unreadable picture ({error})") from error
 
@@ -148,13 +156,15 @@ def list_pictures(folder: str, key: str) -> dict[str, Path]:
     for file in sorted(path.iterdir()):
         if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
             if file.stem in found:
-                raise UserError(f"{key}: '{found[file.stem].name}' and '{file.name}' have the same stem in {folder}")
+                raise UserError(
+                    f"{key}: '{found[file.stem].name}' and '{file.name}' have the same stem in {folder}"
+                )
             found[file.stem] = file
     return found
 
 
 def match_pairs(images: str, annotations: str, task: str, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(stem, image, annotation) of two folders, sorted by stem; annotations without image are left alone.
+    """(stem, image, annotation) of two folders, sorted by file name; spare annotations are left alone.
 
     Raises:
         UserError: a missing or empty folder, or an image without annotation.
@@ -202,7 +212,7 @@ def index_task(task: str, config: TaskConfig, seed: int) -> dict[str, list[tuple
 def check_files(
     files: Sequence[tuple[str, str, str]], unreadable: str
 ) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Decode every file once: (readable pairs, messages of the skipped ones). `stop` raises the first message."""
+    """Decode every file once: (readable pairs, messages of skipped ones). `stop` raises the first message."""
     source = PairedFolders(files)
 
     def problem(index: int) -> str:
@@ -215,7 +225,8 @@ def check_files(
         return ""
 
     with ThreadPoolExecutor(max_workers=4) as pool:
-        problems = list(pool.map(problem, range(len(files))))
+        numbers = range(len(files))
+        problems = list(tqdm(pool.map(problem, numbers), total=len(files), desc="data", unit="pair"))
     kept = [entry for entry, message in zip(files, problems, strict=True) if not message]
     return kept, [message for message in problems if message]
 
@@ -228,7 +239,8 @@ def index_data(tasks: Mapping[str, TaskConfig], data: DataConfig, seed: int) -> 
         number of scenes.
 
     Raises:
-        UserError: what is wrong with the first bad folder or picture; a task left without samples.
+        UserError: what is wrong with the first bad folder or picture; a task left without samples; a picture
+            that is trained on in one place and held out in another.
     """
     manifest: dict[str, dict] = {}
     for task, config in tasks.items():
@@ -242,10 +254,31 @@ def index_data(tasks: Mapping[str, TaskConfig], data: DataConfig, seed: int) -> 
             if not entry[split]:
                 raise UserError(f"tasks.{task}: no readable {split} samples, {len(skipped)} skipped")
         manifest[task] = entry
+    refuse_leaks(manifest)
     return manifest
 
 
-def open_sources(manifest: Mapping[str, dict], tasks: Mapping[str, TaskConfig], split: str, seed: int) -> dict:
+def refuse_leaks(manifest: Mapping[str, dict]) -> None:
+    """Raises UserError for a picture that one task, or another, trains on and holds out."""
+    files = {
+        split: {
+            Path(image).resolve(): task
+            for task, entry in manifest.items()
+            if not isinstance(entry[split], int)
+            for _, image, _ in entry[split]
+        }
+        for split in SPLITS
+    }
+    for image, task in files["validation"].items():
+        if image in files["train"]:
+            raise UserError(
+                f"tasks.{task}: held out, but tasks.{files['train'][image]} trains on it: {image}"
+            )
+
+
+def open_sources(
+    manifest: Mapping[str, dict], tasks: Mapping[str, TaskConfig], split: str, seed: int
+) -> dict:
     """`{task: Source}` of one split of a manifest."""
     return {
         task: Scenes(config.scene, manifest[task][split], split, seed)
@@ -262,7 +295,7 @@ def fingerprint(tasks: Mapping[str, TaskConfig]) -> str:
         for key in ("images", "annotations", "validation_images", "validation_annotations"):
             if folder := getattr(config, key):
                 for file in list_pictures(folder, f"tasks.{task}.{key}").values():
-                    facts = file.stat()
+                    facts = file.stat() if file.exists() else file.lstat()  # a link to nothing
                     digest.update(f"{file}|{facts.st_size}|{facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 

@@ -60,15 +60,29 @@ def compose(grid: np.ndarray, picks: np.ndarray, num_codes: int) -> torch.Tensor
     return torch.from_numpy(np.concatenate([[num_codes], body, [num_codes + 1]]))
 
 
-def shuffled_pairs(entry: TaskPlan, rng: np.random.Generator) -> np.ndarray:
-    """Every (sample, view) of a task `repeats` times in random order: (pairs, 2) int64.
+def rounds_of(num_samples: int, rounds: int, pairs: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Permutations of the samples; one after the other, cut into sentences, they repeat none in a sentence.
 
-    In rounds, each a permutation of the samples, so that neighbours, which become one sentence, are different
-    samples: two views of one photograph in a sentence would teach copying.
+    With fewer samples than `pairs` that is impossible, and they do repeat.
     """
-    rounds = entry.views * entry.repeats
+    order: list[np.ndarray] = []
+    for number in range(rounds):
+        samples = rng.permutation(num_samples)
+        if begun := number * num_samples % pairs:  # samples of the sentence that the last round left open
+            taken = np.isin(samples, order[-1][-begun:])
+            samples = samples[np.argsort(taken, kind="stable")]
+        order.append(samples)
+    return order
+
+
+def shuffled_pairs(entry: TaskPlan, pairs: int, rng: np.random.Generator) -> np.ndarray:
+    """Every (sample, view) of a task `repeats` times in random order: (entry.pairs, 2) int64.
+
+    In rounds over the samples, so that the `pairs` neighbours that become one sentence are different samples:
+    two views of one photograph in a sentence would teach copying.
+    """
     offsets = rng.integers(entry.views, size=entry.samples)
-    order = [rng.permutation(entry.samples) for _ in range(rounds)]
+    order = rounds_of(entry.samples, entry.views * entry.repeats, pairs, rng)
     picks = [
         np.stack([samples, (offsets[samples] + r) % entry.views], axis=1) for r, samples in enumerate(order)
     ]
@@ -106,7 +120,8 @@ class TrainingSentences(Dataset):
         tasks, picks = [], []
         for index, task in enumerate(self.tasks):
             count = self._per_epoch[task]
-            chosen = np.resize(shuffled_pairs(self.plans[task], rng), (count, self.config.pairs, 2))
+            shuffled = shuffled_pairs(self.plans[task], self.config.pairs, rng)
+            chosen = np.resize(shuffled, (count, self.config.pairs, 2))
             tasks.append(np.full(count, index))
             picks.append(chosen)
         order = rng.permutation(self.sentences_per_epoch)
@@ -130,7 +145,7 @@ def validation_picks(num_samples: int, config: SentencesConfig, seed: int, task:
     rng = np.random.default_rng([seed, task])
     wanted = config.validation * config.pairs
     rounds = -(-wanted // num_samples)
-    samples = np.concatenate([rng.permutation(num_samples) for _ in range(rounds)])[:wanted]
+    samples = np.concatenate(rounds_of(num_samples, rounds, config.pairs, rng))[:wanted]
     return samples.reshape(config.validation, config.pairs)
 
 

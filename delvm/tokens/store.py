@@ -6,13 +6,16 @@ A store is a folder: `manifest.json` and, for each task and split, `TASK.SPLIT.n
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from delvm.errors import UserError
+from delvm.tokenizer import Tokenizer
+from delvm.tokenizer.training import to_pictures
 
 SPLITS = ("train", "validation")
 
@@ -38,6 +41,20 @@ class TokenStore:
 def code_dtype(num_codes: int) -> np.dtype:
     """The smallest unsigned type that holds every code."""
     return np.dtype(np.uint16 if num_codes <= 65_536 else np.uint32)
+
+
+def encode(
+    tokenizer: Tokenizer, batches: Iterable[torch.Tensor], progress: Callable[[int], object] = lambda _: None
+) -> Iterator[np.ndarray]:
+    """Pairs -> codes, batch by batch, on the tokenizer's device.
+
+    batches: uint8 (batch, 2, H, W, 3). Yields (batch, 2, tokens) integers and tells `progress` how many.
+    """
+    for batch in batches:
+        with torch.inference_mode():
+            codes = tokenizer.encode(to_pictures(batch.to(tokenizer.codebook.device)))
+        progress(len(batch))
+        yield codes.reshape(len(batch), 2, -1).cpu().numpy()
 
 
 def write_grid(

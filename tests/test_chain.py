@@ -1,0 +1,239 @@
+"""The whole chain at micro size: what each stage leaves is what the next one and the user find."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from delvm import chain, fit, llama, recipe
+from delvm.evaluate import likelihood
+from delvm.images.sources import held_out
+from delvm.tokenizer import Tokenizer
+from delvm.tokens import sentences
+from delvm.tokens.store import open_store
+from tools.check_run import check
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TASKS = ["segmentation", "pose", "grey"]
+STAGES = ["data", "tokenizer", "tokens", "teacher", "scratch", "student", "evaluate", "export"]
+
+
+@pytest.fixture
+def run(finished):
+    return finished / "run"
+
+
+@pytest.fixture
+def metrics(run):
+    return json.loads((run / "metrics.json").read_text())
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The finished run in a folder of its own, free to be changed: (recipe file, run folder)."""
+    shutil.copytree(finished / "run", tmp_path / "copy")
+    return finished / "micro.yaml", tmp_path / "copy"
+
+
+def again(copy, *overrides, capsys):
+    """Run once more; the stages that were made, not reused."""
+    capsys.readouterr()
+    assert fit.run(copy[0], [f"run_dir={copy[1]}", *overrides]) == 0
+    said = capsys.readouterr().out
+    made = [name for name in STAGES if f"{name}: done in" in said]
+    reused = [name for name in STAGES if f"{name}: unchanged, reused" in said]
+    assert not set(made) & set(reused)
+    return made
+
+
+def test_the_run_folder_holds_every_artifact(run):
+    names = {path.name for path in run.iterdir()}
+    assert names == {*STAGES, "recipe.yaml", "metrics.json", "report.html", "tensorboard"}
+    for role in chain.ROLES:
+        held = {path.name for path in (run / role).iterdir()}
+        assert {"config.json", "model.safetensors", "curve.json", "stage.json"} <= held
+        assert "last.ckpt" not in held  # a finished stage needs none
+
+
+def test_the_saved_recipe_is_the_one_that_ran(finished):
+    given = recipe.load(finished / "micro.yaml", [f"run_dir={finished / 'run'}"])
+    assert recipe.load(finished / "run" / "recipe.yaml") == given
+
+
+def test_balance(metrics, run):
+    train = json.loads((run / "data" / "manifest.json").read_text())["grey"]["train"]
+    stems = [str(number) for number in range(10) if not held_out(str(number), 0.4, 0)]
+    assert [name for name, *_ in train] == stems
+    # 2 pictures a pair, (16 / 4)**2 tokens a picture
+    expected = {}
+    for task, samples in (("segmentation", 12), ("pose", 4), ("grey", len(stems))):
+        views = round(12 / samples)
+        expected[task] = {
+            "samples": samples, "views": views, "repeats": 1,
+            "tokens_before": 32 * samples, "tokens_after": 32 * samples * views,
+        }  # fmt: skip
+    assert metrics["balance"] == expected
+    assert metrics["skipped"] == dict.fromkeys(TASKS, 0)
+
+
+def test_the_grids_are_the_codes_of_the_views(finished, run):
+    work = chain.Run(recipe.load(finished / "micro.yaml", [f"run_dir={run}"]))
+    work.open_data(json.loads((run / "data" / "manifest.json").read_text()))
+    tokenizer, store = Tokenizer.load(run / "tokenizer"), open_store(run / "tokens")
+    assert store.manifest["tokenizer"] == tokenizer.hash
+    for split in ("train", "validation"):
+        for task, views in work.views(split).items():
+            grid = store.grids[split][task]
+            assert grid.shape == (len(views.source), views.num_views, 2, 16)
+            picture = views[len(views) - 1].permute(0, 3, 1, 2).float() / 255
+            np.testing.assert_array_equal(grid[-1, -1], tokenizer.encode(picture).numpy())
+
+
+def test_scores_are_those_of_the_saved_models_on_held_out_sentences(metrics, run):
+    store = open_store(run / "tokens")
+    config = sentences.SentencesConfig(pairs=2, validation=5)
+    held = sentences.validation_sentences(store, config, 0)
+    roles = sentences.roles(2, 16)
+    for role in chain.ROLES:
+        model = AutoModelForCausalLM.from_pretrained(run / role)
+        expected = likelihood.evaluate(model, held, roles)
+        assert list(expected) == TASKS
+        for task in TASKS:
+            assert metrics["evaluate"][role][task] == pytest.approx(expected[task], rel=1e-5)
+            assert set(expected[task]) >= {"loss", "accuracy", "perplexity", "annotation_loss"}
+
+
+def test_scratch_and_student_differ_in_the_teacher_alone(run):
+    curves = {role: json.loads((run / role / "curve.json").read_text()) for role in chain.ROLES}
+    assert [point["step"] for point in curves["student"]] == [2, 4, 6]
+    assert [point["step"] for point in curves["teacher"]] == [2, 4, 6, 8]
+    assert set(curves["student"][0]) == {"step", "loss", "ce", "kd"}
+    assert set(curves["scratch"][0]) == {"step", "loss", "ce"}
+    # the same start and the same first batches: before the first update the labels cost the same, and the
+    # small steps of a warm-up hardly matter
+    assert curves["student"][0]["ce"] == pytest.approx(curves["scratch"][0]["ce"], rel=0.01)
+    student, scratch = (load_file(run / role / "model.safetensors") for role in ("student", "scratch"))
+    assert {n: t.shape for n, t in student.items()} == {n: t.shape for n, t in scratch.items()}
+    assert not any(torch.equal(student[name], scratch[name]) for name in student)
+
+
+def test_every_training_logs_to_tensorboard(run):
+    for stage, key in (("tokenizer", "psnr"), ("teacher", "ce"), ("scratch", "ce"), ("student", "kd")):
+        events = EventAccumulator(str(run / "tensorboard" / stage)).Reload()
+        curve = json.loads((run / stage / "curve.json").read_text())
+        logged = [(scalar.step, scalar.value) for scalar in events.Scalars(key)]
+        assert logged == [(point["step"], pytest.approx(point[key], rel=1e-5)) for point in curve]
+
+
+def test_the_export_has_the_students_logits_and_the_tokenizer(run):
+    tokens = torch.randint(16, (2, 40), generator=torch.Generator().manual_seed(0))
+    student = llama.load(run / "student")
+    exported = AutoModelForCausalLM.from_pretrained(run / "export")
+    with torch.no_grad():
+        assert torch.equal(exported(tokens).logits, student(tokens).logits)
+    assert Tokenizer.load(run / "export" / "tokenizer").hash == Tokenizer.load(run / "tokenizer").hash
+
+
+def test_the_check_of_a_run_sees_what_is_missing(copy):
+    def problem():
+        try:
+            check(copy[1])
+        except (AssertionError, OSError) as error:
+            return str(error)
+        return ""
+
+    before = problem()
+    # micro models learn too little for the last line of the check; everything else must hold
+    assert before in ("", "the distilled student is not below scratch")
+    (copy[1] / "student" / "model.safetensors").unlink()
+    assert problem() != before
+
+
+def test_a_second_run_reuses_everything(copy, capsys):
+    before = {path: path.stat().st_mtime_ns for path in copy[1].rglob("*.safetensors")}
+    assert again(copy, capsys=capsys) == []
+    assert {path: path.stat().st_mtime_ns for path in copy[1].rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize(
+    ("override", "made"),
+    [
+        ("prompting.pictures=1", ["evaluate", "export"]),
+        ("sentences.validation=3", ["evaluate", "export"]),
+        ("student.kd_weight=0.5", ["student", "evaluate", "export"]),
+        ("scratch.learning_rate=0.003", ["scratch", "evaluate", "export"]),
+        ("student.steps=5", ["scratch", "student", "evaluate", "export"]),
+        ("teacher.steps=5", ["teacher", "student", "evaluate", "export"]),
+        ("balance.max_views=1", STAGES[1:]),
+        ("trainer.log_every=3", []),
+    ],
+)
+def test_a_changed_section_makes_anew_what_it_touches(copy, capsys, override, made):
+    assert again(copy, override, capsys=capsys) == made
+
+
+def test_a_changed_picture_is_noticed(micro, pairs, capsys):
+    run_dir = micro.parent / "run"
+    small = ["student=null", "scratch=null", "teacher=null", "tokenizer.steps=1"]
+    assert again((micro, run_dir), *small, capsys=capsys) == STAGES[:3]
+    assert again((micro, run_dir), *small, capsys=capsys) == []
+    source = pairs / "images" / "3.jpg"
+    source.write_bytes((pairs / "images" / "4.jpg").read_bytes())
+    assert again((micro, run_dir), *small, capsys=capsys) == STAGES[:3]
+
+
+def test_the_tokenizer_never_sees_held_out_pictures(finished, tmp_path):
+    hashes = set()
+    for number in (3, 6):
+        run_dir = tmp_path / str(number)
+        overrides = [f"tasks.{task}.validation_samples={number}" for task in ("segmentation", "pose")]
+        stop = ["student=null", "scratch=null", "teacher=null"]
+        assert fit.run(finished / "micro.yaml", [f"run_dir={run_dir}", *overrides, *stop]) == 0
+        hashes.add(Tokenizer.load(run_dir / "tokenizer").hash)
+    assert hashes == {Tokenizer.load(finished / "run" / "tokenizer").hash}
+
+
+def test_seeds_differ_and_repeat(finished, tmp_path):
+    results = []
+    for number, seed in enumerate((1, 1, 0)):
+        run_dir = tmp_path / str(number)
+        stop = ["student=null", "scratch=null", "sentences.validation=2"]
+        assert fit.run(finished / "micro.yaml", [f"run_dir={run_dir}", f"seed={seed}", *stop]) == 0
+        results.append(json.loads((run_dir / "metrics.json").read_text())["evaluate"])
+    assert results[0] == results[1] != results[2]
+
+
+def test_without_student_the_teacher_is_exported(finished, tmp_path):
+    overrides = [f"run_dir={tmp_path / 'run'}", "student=null", "scratch=null", "teacher.steps=2"]
+    assert fit.run(finished / "micro.yaml", overrides) == 0
+    found = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    expected = load_file(tmp_path / "run" / "teacher" / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_tokenizer_of_ones_own(finished, tmp_path, capsys):
+    own = tmp_path / "own"
+    shutil.copytree(finished / "run" / "tokenizer", own)
+    overrides = [f"run_dir={tmp_path / 'run'}", f"tokenizer.folder={own}", "tokenizer.min_psnr=0",
+                 "tokenizer.min_codes_used=0", "student=null", "scratch=null", "teacher=null"]  # fmt: skip
+    assert fit.run(finished / "micro.yaml", overrides) == 0
+    assert Tokenizer.load(tmp_path / "run" / "tokenizer").hash == Tokenizer.load(own).hash
+    for task in TASKS:
+        name = f"tokens/{task}.train.npy"
+        assert (tmp_path / "run" / name).read_bytes() == (finished / "run" / name).read_bytes()
+    # another tokenizer in its place is noticed
+    tokenizer = Tokenizer.load(own)
+    with torch.no_grad():
+        tokenizer.codebook.mul_(0.9)
+    tokenizer.save(own)
+    assert again((finished / "micro.yaml", tmp_path / "run"), *overrides[1:], capsys=capsys) == STAGES[1:3]
+    assert fit.run(finished / "micro.yaml", [*overrides, "data.image_size=32"]) == 2
+    assert (
+        capsys.readouterr().err == f"error: tokenizer.folder: '{own}' is for 16 px, data.image_size is 32\n"
+    )

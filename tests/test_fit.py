@@ -1,0 +1,304 @@
+"""The command as a user meets it: status, one line for what is wrong, nothing half-written, going on."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from delvm import fit, llama
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parents[1]
+
+
+def command(*arguments):
+    """A process of its own, as a shell starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "delvm.fit", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+def refused(capfd, recipe, *overrides, run_dir=None):
+    """The one line that a refused run prints; checks status and that nothing was written."""
+    run_dir = run_dir or recipe.parent / "run"
+    there = run_dir.exists()
+    capfd.readouterr()
+    assert fit.main([str(recipe), f"run_dir={run_dir}", *overrides]) == 2
+    assert run_dir.exists() == there
+    # a progress bar may stand above the line
+    line = capfd.readouterr().err.rstrip("\n").split("\n")[-1].split("\r")[-1]
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def test_help_says_enough(capsys):
+    with pytest.raises(SystemExit) as stop:
+        fit.main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for word in (
+        "recipes/quickstart.yaml",
+        "key=value",
+        "--dry-run",
+        "run_dir",
+        "goes on where it was stopped",
+    ):
+        assert word in said
+
+
+def test_no_recipe_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        fit.main([])
+    assert stop.value.code == 2
+    assert "recipe" in capsys.readouterr().err
+
+
+# --- what is wrong in the recipe ---
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("studnet.steps=3", "override: unknown key 'studnet'; nearest: student"),
+        ("student.temprature=2", "override: unknown key 'student.temprature'; nearest: student.temperature"),
+        ("student.steps=???", "override: student.steps: missing, give a value"),
+        ("tasks.grey.images=???", "override: tasks.grey.images: missing, give a value"),
+        (
+            "student.steps=many",
+            "override: student.steps: Value 'many' of type 'str' could not be converted to Integer",
+        ),
+        ("student.steps=0", "{recipe}: student.steps: 0 must be at least 1"),
+        (
+            "balance.strategy=more",
+            "{recipe}: balance.strategy: 'more' is unknown; choices: none, resample, augment",
+        ),
+        (
+            "student.divergence=kl",
+            "{recipe}: student.divergence: 'kl' is unknown; choices: forward_kl",
+        ),
+        ("tasks.pose.scene=dance", "{recipe}: tasks.pose.scene: 'dance' is unknown; choices: "),
+        ("nonsense", "'nonsense': an override is key=value, such as teacher.steps=100"),
+    ],
+)
+def test_a_wrong_recipe(capfd, micro, override, line):
+    assert refused(capfd, micro, override).startswith(line.format(recipe=micro))
+
+
+def test_a_recipe_that_is_not_there(capfd, tmp_path):
+    assert refused(capfd, tmp_path / "none.yaml") == f"{tmp_path}/none.yaml: no such recipe"
+
+
+# --- what is wrong in the data ---
+
+
+def test_a_missing_folder(capfd, micro, pairs):
+    shutil.rmtree(pairs / "annotations")
+    assert refused(capfd, micro) == f"tasks.grey.annotations: no folder '{pairs}/annotations'"
+
+
+def test_an_image_without_annotation(capfd, micro, pairs):
+    (pairs / "annotations" / "7.png").unlink()
+    assert refused(capfd, micro) == f"tasks.grey: image without annotation: {pairs}/images/7.jpg"
+
+
+def test_an_empty_task(capfd, micro, pairs):
+    for file in (pairs / "images").iterdir():
+        file.unlink()
+    line = refused(capfd, micro)
+    assert line == f"tasks.grey.images: no pictures (.jpg, .jpeg, .png) in '{pairs}/images'"
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", "half"])
+def test_an_unreadable_picture(capfd, micro, pairs, content):
+    file = pairs / "images" / "5.jpg"
+    if content == "half":
+        whole = file.read_bytes()
+        content = whole[: len(whole) // 2]
+    file.write_bytes(content)
+    line = refused(capfd, micro)
+    assert line.startswith(f"{file}: unreadable picture (")
+    assert line.endswith("; data.unreadable=skip leaves such pairs out")
+    # a dry run says the same
+    assert refused(capfd, micro, "--dry-run") == line
+
+
+def test_unreadable_pictures_skipped(capfd, micro, pairs):
+    (pairs / "images" / "5.jpg").write_bytes(b"no picture")
+    overrides = ["data.unreadable=skip", "student=null", "scratch=null", "teacher=null", "tokenizer.steps=1"]
+    run_dir = micro.parent / "run"
+    assert fit.main([str(micro), f"run_dir={run_dir}", *overrides]) == 0
+    assert f"skipped: {pairs}/images/5.jpg: unreadable picture" in capfd.readouterr().out
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["skipped"] == {"segmentation": 0, "pose": 0, "grey": 1}
+    manifest = json.loads((run_dir / "data" / "manifest.json").read_text())
+    names = [name for split in ("train", "validation") for name, *_ in manifest["grey"][split]]
+    assert sorted(names) == [str(number) for number in range(10) if number != 5]
+
+
+def test_a_picture_trained_on_and_held_out(capfd, micro, pairs):
+    line = refused(
+        capfd,
+        micro,
+        "tasks.grey.validation_fraction=0",
+        f"tasks.grey.validation_images={pairs}/images",
+        f"tasks.grey.validation_annotations={pairs}/annotations",
+    )
+    assert line == f"tasks.grey: held out, but tasks.grey trains on it: {pairs}/images/0.jpg"
+
+
+# --- what is wrong in the run folder ---
+
+
+def test_a_run_folder_of_another_recipe(capfd, finished, micro):
+    other = micro.rename(micro.parent / "other.yaml")
+    run_dir = finished / "run"
+    before = sorted(run_dir.rglob("*"))
+    assert refused(capfd, other, run_dir=run_dir) == (
+        f"run_dir: '{run_dir}' belongs to recipe 'micro', this one is 'other'; choose another run_dir"
+    )
+    assert sorted(run_dir.rglob("*")) == before
+
+
+def test_a_folder_that_is_no_run(capfd, micro, pairs):
+    line = refused(capfd, micro, run_dir=pairs)
+    assert line == f"run_dir: '{pairs}' is not empty and holds no run; choose another run_dir"
+    assert {path.name for path in pairs.iterdir()} == {"images", "annotations"}
+
+
+def test_a_file_in_the_place_of_the_run_folder(capfd, micro, pairs):
+    file = pairs / "images" / "0.jpg"
+    assert refused(capfd, micro, run_dir=file) == f"run_dir: '{file}' is a file"
+
+
+def test_a_teacher_with_another_vocabulary(capfd, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished / "run", run_dir)
+    llama.save(llama.build("micro", 40, 66, bos=16, eos=17, seed=0), run_dir / "teacher")
+    line = refused(capfd, finished / "micro.yaml", "student.kd_weight=2", run_dir=run_dir)
+    assert line == (
+        "student: vocabulary of 18 ids, the teacher's has 40; both must speak the codes of one tokenizer"
+    )
+
+
+def test_a_collapsed_tokenizer(capfd, micro):
+    assert fit.main([str(micro), f"run_dir={micro.parent / 'run'}", "tokenizer.min_psnr=59"]) == 2
+    line = capfd.readouterr().err.rstrip("\n").split("\n")[-1]
+    assert line.startswith("error: the tokenizer")
+    assert "min_psnr" in line
+    assert not (micro.parent / "run" / "tokenizer").exists()
+
+
+# --- a full disk ---
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 300 KB; needs the right to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    made = mount and subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if not made or made.returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk(capfd, micro, small_disk):
+    run_dir = small_disk / "run"
+    assert fit.main([str(micro), f"run_dir={run_dir}"]) == 2
+    line = capfd.readouterr().err.rstrip("\n").split("\n")[-1]
+    assert line == (
+        f"error: run_dir: no space left on the disk of '{run_dir}'; free some, the same command goes on"
+    )
+    for stage in (path for path in run_dir.iterdir() if path.is_dir() and path.name != "tensorboard"):
+        assert stage.name.startswith(".") or (stage / "stage.json").is_file()  # whole, or not there
+
+
+def test_what_counts_as_a_full_disk(tmp_path):
+    assert fit.disk_full(OSError(errno.ENOSPC, "no"), tmp_path)
+    assert fit.disk_full(RuntimeError("I/O error: No space left on device (os error 28)"), tmp_path)
+    wrapped = RuntimeError("saving failed")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "no")
+    assert fit.disk_full(wrapped, tmp_path)
+    # torch says no more than this; here the disk has room
+    assert not fit.disk_full(RuntimeError("unexpected write error"), tmp_path / "not" / "there")
+    assert not fit.disk_full(OSError(errno.EIO, "no"), tmp_path)
+    assert not fit.disk_full(None, tmp_path)
+
+
+def test_what_is_our_own_mistake_keeps_its_traceback(micro, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(torch.Tensor, "backward", broken)
+    with pytest.raises(RuntimeError, match=r"^ours$"):
+        fit.main([str(micro), f"run_dir={micro.parent / 'run'}"])
+
+
+# --- stopping and going on ---
+
+
+def stop_when(process, file, number):
+    """Send a signal as soon as a file is there; returns what the process printed."""
+    deadline = time.monotonic() + 120
+    while not file.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+    process.send_signal(number)
+    out, error = process.communicate(timeout=120)
+    return out, error
+
+
+@pytest.mark.parametrize(
+    ("number", "stage"), [(signal.SIGTERM, "student"), (signal.SIGINT, "tokenizer")], ids=str
+)
+def test_a_stopped_run_goes_on_to_the_same_result(finished, tmp_path, number, stage):
+    recipe, run_dir = finished / "micro.yaml", tmp_path / "run"
+    # long enough to be caught in the middle; the stages before are taken over from the finished run
+    for folder in (run_dir, tmp_path / "whole"):
+        shutil.copytree(finished / "run", folder)
+    steps = f"{stage}.steps=80"
+    process = command(recipe, f"run_dir={run_dir}", steps)
+    _, error = stop_when(process, run_dir / f".{stage}.partial" / "last.ckpt", number)
+    assert process.returncode == 130
+    last = error.rstrip("\n").split("\n")[-1]
+    assert last.startswith(f"{stage}: stopped at step ")
+    assert last.endswith(" of 80; the same command goes on from here")
+    assert "Traceback" not in error
+    assert fit.main([str(recipe), f"run_dir={run_dir}", steps]) == 0
+    assert fit.main([str(recipe), f"run_dir={tmp_path / 'whole'}", steps]) == 0
+    stopped, whole = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (run_dir, tmp_path / "whole")
+    )
+    assert stopped["evaluate"] == whole["evaluate"]
+    assert stopped["tokenizer"] == whole["tokenizer"]
+    for role in ("teacher", "scratch", "student"):
+        curves = [(folder / role / "curve.json").read_text() for folder in (run_dir, tmp_path / "whole")]
+        assert curves[0] == curves[1]
+
+
+def test_stopped_outside_of_training(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished / "run", run_dir)
+    process = command(finished / "micro.yaml", f"run_dir={run_dir}", "sentences.validation=20000")
+    _, error = stop_when(process, run_dir / ".evaluate.partial" / "stage.json", signal.SIGTERM)
+    assert process.returncode == 130
+    assert error.rstrip("\n").split("\n")[-1] == "stopped; the same command goes on from here"
+    assert (run_dir / "student" / "model.safetensors").is_file()

@@ -1,0 +1,70 @@
+"""What is said of a run: the plan before it, the page after it."""
+
+import json
+import re
+
+from delvm import chain, fit, llama, recipe, summary
+from delvm.evaluate.report import render
+
+
+def test_a_dry_run_says_plan_and_sizes_and_writes_nothing(micro, capsys):
+    before = sorted(micro.parent.rglob("*"))
+    run_dir = micro.parent / "run"
+    assert fit.run(micro, [f"run_dir={run_dir}"], dry_run=True) == 0
+    assert sorted(micro.parent.rglob("*")) == before
+    said = capsys.readouterr().out
+    assert "segmentation: 12 training, 6 held-out pairs" in said
+    assert re.search(r"pose +│ +4 │ +3 │ +1 │ +128 │ +\d+% │ +384 │", said)
+    # 2 pairs of 2 pictures of 16 tokens, BOS and EOS: 66 tokens a sentence, 4 sentences a step
+    assert "sentences: 2 pairs, 66 tokens, 16 codes and BOS, EOS" in said
+    parameters = llama.num_parameters("micro", 18)
+    assert re.search(rf"student │ +micro │ +{parameters:,} │ +6 │ +264 │ +1,584", said)
+    assert [line for line in said.splitlines() if line.endswith(": to do")] == [
+        f"{name}: to do"
+        for name in ("data", "tokenizer", "tokens", "teacher", "scratch", "student", "evaluate", "export")
+    ]
+
+
+def test_a_dry_run_says_what_would_be_reused(finished, capsys):
+    overrides = [f"run_dir={finished / 'run'}", "student.kd_weight=2"]
+    assert fit.run(finished / "micro.yaml", overrides, dry_run=True) == 0
+    said = capsys.readouterr().out
+    for name in ("data", "tokenizer", "tokens", "teacher", "scratch"):
+        assert f"{name}: done, would be reused" in said
+    for name in ("student", "evaluate", "export"):
+        assert f"{name}: to do" in said
+
+
+def test_the_numbers_of_a_run(finished):
+    metrics = json.loads((finished / "run" / "metrics.json").read_text())
+    assert set(metrics) == {"balance", "skipped", "tokenizer", "evaluate", "seconds"}
+    assert {"psnr", "codes_used"} <= set(metrics["tokenizer"])
+    stages = {"data", "tokenizer", "tokens", "teacher", "scratch", "student", "evaluate", "export"}
+    assert set(metrics["seconds"]) == stages
+
+    def numbers(tree):
+        if isinstance(tree, dict):
+            return all(map(numbers, tree.values()))
+        return isinstance(tree, int | float) and not isinstance(tree, bool)
+
+    assert numbers(metrics)
+
+
+def test_the_page_shows_what_the_folder_holds(finished):
+    run_dir = finished / "run"
+    work = chain.Run(recipe.load(finished / "micro.yaml", [f"run_dir={run_dir}"]))
+    work.open_data(json.loads((run_dir / "data" / "manifest.json").read_text()))
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    found = summary.report(work, metrics)
+    assert found.title == "micro"
+    assert found.scores == metrics["evaluate"]
+    assert found.balance == metrics["balance"]
+    curve = json.loads((run_dir / "student" / "curve.json").read_text())
+    assert found.curves["student"] == [(point["step"], point["ce"]) for point in curve]
+    captions = ["example", "annotation", "query", "truth", "teacher", "scratch", "student"]
+    assert list(found.pictures) == ["segmentation", "pose", "grey"]
+    for rows in found.pictures.values():
+        assert [[caption for caption, _ in row] for row in rows] == [captions, captions]
+    page = (run_dir / "report.html").read_text()
+    assert page == render(found)
+    assert page.count("data:image/png") >= 3 * 2 * 7

@@ -1,0 +1,132 @@
+"""Variants of one recipe, several seeds, two tables: what balance and what the teacher are worth.
+
+    python tools/claims.py recipes/claims.yaml --seeds 0 1 2
+    python tools/claims.py recipes/claims.yaml --tune
+
+Every variant is a run of `delvm.fit` in a folder of its own: a second call goes on where the first stopped.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from delvm.console import table
+from delvm.fit import run
+from delvm.recipe import load
+
+BALANCES = ("none", "resample", "augment")
+STEPS = 600  # of a balance arm: too few hide that re-sampling overfits
+LEARNING_RATES = {"none": 5e-3, "resample": 5e-3, "augment": 5e-3}  # each the best of --tune
+TUNING_SEED = 100  # never one of the table's
+GRID = (2.5e-3, 5e-3, 1e-2)
+
+# (better arm, worse arm, {task: least difference of the mean loss})
+GATES = (
+    ("augment", "none", {"segmentation": -0.20, "deraining": 0.30, "pose": 0.15}),
+    ("augment", "resample", {"segmentation": 0.10, "deraining": 0.40, "pose": 0.30}),
+    ("distilled", "scratch", {"segmentation": 0.03, "deraining": 0.10, "pose": 0.03}),
+)
+
+
+def fit(recipe: Path, overrides: list[str]) -> dict:
+    """Run one variant; its scores, `{model: {task: metrics}}`."""
+    if status := run(recipe, overrides):
+        sys.exit(status)
+    return json.loads((Path(load(recipe, overrides).run_dir) / "metrics.json").read_text())["evaluate"]
+
+
+def balance_arm(recipe: Path, root: Path, seed: int, strategy: str, learning_rate: float) -> dict:
+    """The student's size trained from labels alone under one strategy; `{task: metrics}`."""
+    student = load(recipe).student
+    assert student is not None
+    overrides = [
+        f"seed={seed}", f"run_dir={root}/seed{seed}/{strategy}-{learning_rate:g}",
+        f"balance.strategy={strategy}",
+        f"tokenizer.folder={root}/seed{seed}/main/tokenizer", "student=null", "scratch=null",
+        f"teacher.size={student.size}", f"teacher.steps={STEPS}", f"teacher.learning_rate={learning_rate}",
+        "teacher.warmup=0.3",
+    ]  # fmt: skip
+    return fit(recipe, overrides)["teacher"]
+
+
+def main_run(recipe: Path, root: Path, seed: int, *overrides: str) -> dict:
+    """Tokenizer, teacher, scratch and distilled student under `augment`."""
+    return fit(recipe, [f"seed={seed}", f"run_dir={root}/seed{seed}/main", *overrides])
+
+
+def arms(recipe: Path, root: Path, seed: int) -> dict[str, dict]:
+    """Every arm of one seed: `{arm: {task: metrics}}`."""
+    scores = main_run(recipe, root, seed)
+    result = {s: balance_arm(recipe, root, seed, s, LEARNING_RATES[s]) for s in BALANCES}
+    return result | {
+        "teacher": scores["teacher"],
+        "scratch": scores["scratch"],
+        "distilled": scores["student"],
+    }
+
+
+def tune(recipe: Path, root: Path) -> None:
+    """Print the held-out loss of every arm at every learning rate, on the tuning seed."""
+    rows = []
+    for rate in GRID:
+        scores = main_run(
+            recipe, root, TUNING_SEED, f"scratch.learning_rate={rate}", f"student.learning_rate={rate}"
+        )
+        found = {s: balance_arm(recipe, root, TUNING_SEED, s, rate) for s in BALANCES}
+        found |= {"scratch": scores["scratch"], "distilled": scores["student"]}
+        for arm, tasks in found.items():
+            losses = [entry["loss"] for entry in tasks.values()]
+            rows.append((arm, f"{rate:g}", *(f"{x:.3f}" for x in losses), f"{statistics.mean(losses):.3f}"))
+    table("tuning", ["arm", "rate", *load(recipe).tasks, "mean"], sorted(rows))
+
+
+def report(scores: dict[int, dict[str, dict]], tasks: list[str]) -> bool:
+    """Print mean and range by arm, then the gates; whether all hold."""
+    names = list(next(iter(scores.values())))
+    losses = {a: {t: [entry[a][t]["loss"] for entry in scores.values()] for t in tasks} for a in names}
+    rows = [
+        (
+            a,
+            *(
+                f"{statistics.mean(losses[a][t]):.3f} ({min(losses[a][t]):.3f}-{max(losses[a][t]):.3f})"
+                for t in tasks
+            ),
+        )
+        for a in names
+    ]
+    table(f"held-out loss in nats, mean (range) of {len(scores)} seeds", ["arm", *tasks], rows)
+    gates, held = [], True
+    for better, worse, least in GATES:
+        for task, bar in least.items():
+            gaps = [w - b for b, w in zip(losses[better][task], losses[worse][task], strict=True)]
+            # distillation must win in every seed; balance in the mean
+            holds = statistics.mean(gaps) >= bar and (better != "distilled" or min(gaps) > 0)
+            held &= holds
+            gates.append((f"{better} below {worse}", task, f"{statistics.mean(gaps):+.3f}", f"{bar:+.2f}",
+                          "yes" if holds else "NO"))  # fmt: skip
+    table("gates", ["claim", "task", "difference", "at least", "holds"], gates)
+    return held
+
+
+def main() -> int:
+    """Run, print, and return 0 if every gate holds."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tune", action="store_true", help="choose learning rates on a seed apart")
+    options = parser.parse_args()
+    recipe = load(options.recipe)
+    root = Path(recipe.run_dir)
+    if options.tune:
+        tune(options.recipe, root)
+        return 0
+    scores = {seed: arms(options.recipe, root, seed) for seed in options.seeds}
+    return 0 if report(scores, list(recipe.tasks)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
