@@ -67,6 +67,9 @@ def report(run: Run, result: dict) -> Report:
         parameters = llama.num_parameters(config.size, run.num_codes + 2)
         facts.append((role, f"{config.size}: {parameters / 1e6:.2f}M parameters, {config.steps} steps"))
     pictures = load_pictures(run.dir / "evaluate" / "pictures")
+    drawn = run.recipe.prompting
+    how = "greedy" if drawn.temperature == 0 else f"temperature {drawn.temperature:g}, top-p {drawn.top_p:g}"
+    facts.append(("annotations", how))
     facts.append(("time", f"{sum(result['seconds'].values()):.0f} s in all stages"))
     return Report(
         title=run.recipe.name,

@@ -1,0 +1,91 @@
+"""A finished run -> one PNG to show around.
+
+    python tools/picture.py runs/quickstart quickstart.png
+    python tools/picture.py runs/pairs mine.png --query photo.jpg another.jpg
+
+Without --query: the run's first held-out query of each task, as in its report. With it: pictures of your own,
+each prompted with the run's first held-out pair of a task (not shown) and completed by each of its models.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from delvm import llama
+from delvm import recipe as recipes
+from delvm.chain import ROLES
+from delvm.evaluate.prompting import Picture, complete, load_pictures
+from delvm.images.augment import view
+from delvm.images.sources import read_picture
+from delvm.tokenizer import Tokenizer
+from delvm.tokens.sentences import validation_picks
+from delvm.tokens.store import open_store
+
+SIDE, GAP, LINE = 128, 6, 16  # pixels of a picture, between two, of a line of text
+
+
+def complete_queries(run: Path, queries: list[Path]) -> dict[str, list[list[Picture]]]:
+    """Rows of (query, the annotation by each model), by task."""
+    recipe, store = recipes.load(run / "recipe.yaml"), open_store(run / "tokens")
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    pictures = [read_picture(path) for path in queries]
+    size = recipe.data.image_size
+    views = np.stack([view(p, p, policy="none", size=size, nearest=False, seed=(0,))[0] for p in pictures])
+    with torch.no_grad():
+        codes = tokenizer.encode(torch.from_numpy(views).permute(0, 3, 1, 2) / 255)
+    rows: dict[str, list[list[Picture]]] = {}
+    for index, task in enumerate(recipe.tasks):
+        held_out = store.grids["validation"][task]
+        picks = validation_picks(len(held_out), recipe.sentences, recipe.seed, index)[0, :-1]
+        pairs = torch.from_numpy(held_out[picks, 0].reshape(1, -1).astype(np.int64))
+        begin = torch.tensor([[store.num_codes]])
+        prompts = torch.cat([torch.cat([begin, pairs], 1).expand(len(codes), -1), codes], 1)
+        rows[task] = [[("query", picture)] for picture in views]
+        for role in (role for role in ROLES if getattr(recipe, role) is not None):
+            found = complete(llama.load(run / role), prompts, store.tokens_per_image, store.num_codes)
+            with torch.no_grad():
+                decoded = (tokenizer.decode(found) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            for row, picture in zip(rows[task], decoded, strict=True):
+                row.append((role, picture))
+    return rows
+
+
+def sheet(rows: dict[str, list[list[Picture]]]) -> Image.Image:
+    """Every row under the name of its task, every picture under its caption, each pixel a square."""
+    flat = [(task, row) for task, entry in rows.items() for row in entry]
+    width = GAP + max(len(row) for _, row in flat) * (SIDE + GAP)
+    canvas = Image.new("RGB", (width, GAP + len(flat) * (SIDE + 2 * LINE + GAP)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for line, (task, row) in enumerate(flat):
+        top = GAP + line * (SIDE + 2 * LINE + GAP)
+        draw.text((GAP, top), task, fill="black")
+        for place, (caption, picture) in enumerate(row):
+            left = GAP + place * (SIDE + GAP)
+            draw.text((left, top + LINE), caption, fill="dimgrey")
+            scaled = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            canvas.paste(scaled, (left, top + 2 * LINE))
+    return canvas
+
+
+def main() -> None:
+    """Arguments in, PNG out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--query", type=Path, nargs="+", default=[])
+    options = parser.parse_args()
+    if options.query:
+        rows = complete_queries(options.run, options.query)
+    else:
+        pictures = load_pictures(options.run / "evaluate" / "pictures")
+        rows = {task: entry[:1] for task, entry in pictures.items()}
+    sheet(rows).save(options.out)
+
+
+if __name__ == "__main__":
+    main()
