@@ -26,7 +26,7 @@ from delvm.tokenizer import Tokenizer
 from delvm.tokenizer import training as tokenizer_training
 from delvm.tokens import balance, sentences
 from delvm.tokens.store import code_dtype, encode, open_store, write_grid, write_manifest
-from delvm.training import Shuffled, train
+from delvm.training import Shuffled, discard_checkpoint, train
 
 ROLES = ("teacher", "scratch", "student")
 
@@ -62,12 +62,15 @@ class Run:
             self.train("tokenizer", module, Shuffled(views, config.steps * pairs, recipe.seed), config.steps,
                        pairs, clip=1.0, folder=folder)  # fmt: skip
             tokenizer = module.finish()
-        sample = Shuffled(views, min(len(views), 512), recipe.seed + 1)
+        held_out: ConcatDataset = ConcatDataset(self.views("validation").values())
+        sample = Shuffled(held_out, min(len(held_out), 512), recipe.seed + 1)
         metrics = tokenizer_training.measure(
             tokenizer.to(recipe.trainer.device()), DataLoader(sample, batch_size=64)
         )
-        tokenizer_training.check(metrics, config)
+        if self.given_tokenizer is None:
+            tokenizer_training.check(metrics, config)
         tokenizer.cpu().save(folder)
+        discard_checkpoint(folder)
         return metrics
 
     def tokens(self, folder: Path) -> dict:
@@ -175,16 +178,15 @@ class Run:
     def stages(self) -> list[Stage]:
         """The stages that the recipe has, in order."""
         recipe = self.recipe
-        tasks = {task: asdict(config) for task, config in recipe.tasks.items()}
+        tasks = [[task, asdict(config)] for task, config in recipe.tasks.items()]  # their order counts
         files = fingerprint(recipe.tasks)
         given = self.given_tokenizer.hash if self.given_tokenizer else ""
         data = [tasks, recipe.data, recipe.seed, files]
-        learning = [recipe.sentences.pairs, recipe.seed, recipe.trainer.precision]
+        machine = [recipe.seed, recipe.trainer.precision]
+        learning = [recipe.sentences.pairs, *machine]
         chain = [
             Stage("data", data, [], self.data),
-            Stage(
-                "tokenizer", [recipe.tokenizer, given, recipe.balance, recipe.seed], ["data"], self.tokenizer
-            ),
+            Stage("tokenizer", [recipe.tokenizer, given, recipe.balance, *machine], ["data"], self.tokenizer),
             Stage("tokens", [], ["tokenizer"], self.tokens),
             Stage("teacher", [recipe.teacher, *learning], ["tokens"], self.teacher),
             Stage("scratch", [recipe.scratch, *student_frame(recipe), *learning], ["tokens"], self.scratch),
@@ -204,14 +206,13 @@ class Run:
         data, *others = self.stages()
         new = not self.dir.exists()
         self.dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.dir / "recipe.yaml", recipes.to_yaml(self.recipe))
         try:
             self.run(data)
         except UserError:
-            if new:
-                shutil.rmtree(self.dir)
+            shutil.rmtree(self.dir if new else self.dir / ".data.partial")
             raise
         self.open_data(json.loads((self.dir / "data" / "manifest.json").read_text()))
+        write_atomic(self.dir / "recipe.yaml", recipes.to_yaml(self.recipe))
         console.show_plan(self.balance())
         for stage in others:
             self.run(stage)
@@ -224,16 +225,32 @@ class Run:
 
     def index(self) -> dict[str, dict]:
         """The index of samples, every file read once."""
-        return index_data(self.recipe.tasks, self.recipe.data, self.recipe.seed)
+        manifest = index_data(self.recipe.tasks, self.recipe.data, self.recipe.seed)
+        self.refuse_too_few(manifest)
+        return manifest
+
+    def refuse_too_few(self, manifest: dict[str, dict]) -> None:
+        """Raises UserError where a held-out query would have to be among its own examples."""
+        pairs = self.recipe.sentences.pairs
+        for task, entry in manifest.items():
+            held_out = num_samples(entry["validation"])
+            if held_out < pairs:
+                raise UserError(
+                    f"tasks.{task}: {held_out} held-out samples, sentences.pairs asks for {pairs}"
+                )
 
     def open_data(self, manifest: dict[str, dict]) -> None:
         """Take over the index of samples, and plan the balance from it."""
         self.manifest = manifest
+        self.refuse_too_few(manifest)
         for entry in manifest.values():
             for message in entry["skipped"]:
                 console.console.print(f"skipped: {message}", soft_wrap=True)
         counts = {task: num_samples(entry["train"]) for task, entry in manifest.items()}
         self.plans = balance.plan(counts, self.recipe.balance)
+        for task, plan in self.plans.items():
+            if plan.wanted > plan.views * plan.repeats and self.recipe.balance.strategy != "none":
+                console.console.print(f"tasks.{task}: {plan.wanted} views wanted, cut by balance.max_views")
 
     def views(self, split: str) -> dict[str, Views]:
         """The pictures of a split by task: training has the planned views, validation the samples alone."""
@@ -311,6 +328,7 @@ class Run:
         pl.seed_everything(seed, verbose=False)
         self.train(name, module, dataset, steps, batch_size, clip=module.config.clip, folder=folder)
         llama.save(module.model.cpu(), folder)
+        discard_checkpoint(folder)
         return {}
 
     def train(

@@ -4,6 +4,9 @@
     python -m delvm.fit recipes/pairs.yaml tasks.edges.images=photos tasks.edges.annotations=drawings seed=1
     python -m delvm.fit recipes/quickstart.yaml --dry-run
 
+Sections of a recipe: data, tasks.NAME, balance, tokenizer, sentences, teacher, scratch, student, prompting,
+trainer. recipe.yaml in any run folder shows every key with its value; the Config classes say what they mean.
+
 A recipe's sections are stages. Each leaves a folder under run_dir, whole or not at all; a second run reuses
 what is unchanged, makes anew what a changed section touches, and goes on where it was stopped.
 """
@@ -41,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return run(options.recipe, options.overrides, dry_run=options.dry_run)
+    except KeyboardInterrupt:  # before anything began
+        return STOPPED
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -75,8 +80,8 @@ def run(recipe_file: Path, overrides: Sequence[str] = (), *, dry_run: bool = Fal
             why = f"run_dir: no space left on the disk of '{folder}'; free some, the same command goes on"
             print(f"error: {why}", file=sys.stderr)
             return USAGE_ERROR
-        if isinstance(error, PermissionError):
-            print(f"error: {error.filename}: permission denied", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             return USAGE_ERROR
         raise
 

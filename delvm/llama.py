@@ -78,8 +78,8 @@ def find_size(name: str) -> Size:
     if name in SIZES:
         return SIZES[name]
     near = difflib.get_close_matches(str(name).lower(), SIZES, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(f"size: {name!r} is not known; {hint}choices: {', '.join(SIZES)}")
+    hint = f"nearest: {', '.join(near)}; " if near else ""
+    raise ValueError(f"size: {name!r} is unknown; {hint}choices: {', '.join(SIZES)}")
 
 
 def configuration(

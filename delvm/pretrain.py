@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from transformers import LlamaForCausalLM
 
-from delvm.llama import SIZES
+from delvm.llama import find_size
 
 
 @dataclass
@@ -58,8 +58,7 @@ class PretrainConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size not in SIZES:
-            raise ValueError(f"size: '{self.size}' is unknown; choices: {', '.join(SIZES)}")
+        find_size(self.size)
         for key in ("steps", "batch_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")

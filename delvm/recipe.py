@@ -69,7 +69,7 @@ class Recipe:
             raise ValueError("student: needs a teacher section")
         if self.scratch and not self.student:
             raise ValueError("scratch: needs a student section, whose size, steps and batches it takes")
-        if self.tokenizer.factor and self.data.image_size % self.tokenizer.factor:
+        if not self.tokenizer.folder and self.data.image_size % self.tokenizer.factor:
             raise ValueError(
                 f"data.image_size: {self.data.image_size} is not a multiple of the tokenizer's downsampling"
                 f" ({self.tokenizer.factor})"
@@ -106,7 +106,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             raise UserError(f"{place}: {key}: missing, give a value")
     recipe = build(config, str(path))
     recipe.name = recipe.name or path.stem
-    recipe.run_dir = recipe.run_dir or f"runs/{recipe.name}"
+    recipe.run_dir = str(Path(recipe.run_dir or f"runs/{recipe.name}").expanduser())
+    if recipe.tokenizer.folder:
+        recipe.tokenizer.folder = str(Path(recipe.tokenizer.folder).expanduser())
     return recipe
 
 
@@ -139,10 +141,14 @@ def check_run_dir(recipe: Recipe) -> None:
         raise UserError(f"run_dir: '{folder}' is a file")
     saved = folder / "recipe.yaml"
     if not saved.is_file():
-        if any(folder.iterdir()):
+        # a first stage that was killed may be there
+        if any(path.name != ".data.partial" for path in folder.iterdir()):
             raise UserError(f"run_dir: '{folder}' is not empty and holds no run; choose another run_dir")
         return
-    name = load(saved).name
+    try:
+        name = OmegaConf.load(saved).get("name")
+    except (YAMLError, UnicodeDecodeError, OSError, AttributeError) as error:
+        raise UserError(f"{saved}: not readable as YAML: {_one_line(error)}") from error
     if name != recipe.name:
         raise UserError(
             f"run_dir: '{folder}' belongs to recipe '{name}', this one is '{recipe.name}';"
@@ -180,6 +186,8 @@ def _merge(config: DictConfig, layer: DictConfig, place: str) -> DictConfig:
         raise UserError(f"{place}: unknown key '{key}'{hint}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{place}: {error.full_key}: {_one_line(error)}") from error
+    except TypeError as error:  # a place in a list, asked for as if it were a mapping
+        raise UserError(f"{place}: {_one_line(error)}") from error
 
 
 def _need_mappings(layer: Any, keys: set[str] | None, prefix: str, place: str) -> None:

@@ -4,6 +4,7 @@ A stage writes into `.NAME.partial` beside its place and is renamed when whole. 
 section and of the keys of the stages it reads: a folder with the same key is reused, any other is made anew.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,15 +34,18 @@ class Stage:
 
 def stage_key(stage: Stage, keys: dict[str, str]) -> str:
     """16 hex digits that change with anything the stage's result depends on."""
-    plain = [
-        asdict(item) if is_dataclass(item) and not isinstance(item, type) else item for item in stage.inputs
-    ]
-    text = json.dumps([stage.name, plain, [keys[need] for need in stage.needs]], sort_keys=True)
+    text = json.dumps(
+        [stage.name, _plain(stage.inputs), [keys[need] for need in stage.needs]], sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _plain(inputs: Sequence[Any]) -> list:
+    return [asdict(item) if is_dataclass(item) and not isinstance(item, type) else item for item in inputs]
+
+
 def record(folder: Path) -> dict:
-    """What a whole folder says of its making, `{"key", "seconds", "metrics"}`; empty where there is none."""
+    """What a whole folder says of its making (key, inputs, seconds, metrics); empty where there is none."""
     try:
         return json.loads((folder / RECORD).read_text())
     except (OSError, json.JSONDecodeError):
@@ -62,15 +66,26 @@ def run_stage(stage: Stage, run_dir: Path, keys: dict[str, str], say: Callable[[
         shutil.rmtree(partial)  # begun for other settings
     partial.mkdir(parents=True, exist_ok=True)
     done = record(partial)
-    if "metrics" not in done:  # else it was killed between its last two lines
-        write_atomic(partial / RECORD, json.dumps({"key": key}))
+    if "metrics" not in done:  # else it was killed just before its renaming
+        begun = {"key": key, "inputs": _plain(stage.inputs), "seconds": done.get("seconds", 0.0)}
+        write_atomic(partial / RECORD, json.dumps(begun, indent=2))
         start = time.monotonic()
-        metrics = stage.work(partial)
-        done = {"key": key, "seconds": round(time.monotonic() - start, 2), "metrics": metrics}
+        try:
+            metrics = stage.work(partial)
+        finally:
+            begun["seconds"] = round(begun["seconds"] + time.monotonic() - start, 2)
+            with contextlib.suppress(OSError):  # what went wrong matters more
+                write_atomic(partial / RECORD, json.dumps(begun, indent=2))
+        done = {**begun, "metrics": metrics}
         write_atomic(partial / RECORD, json.dumps(done, indent=2))
     if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+        old = run_dir / f".{stage.name}.old"  # never half a folder under the stage's name
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, folder)
     say(f"{stage.name}: done in {done['seconds']:.0f} s")
     return done["metrics"]
 
@@ -79,7 +94,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ on Ctrl-C and SIGTERM, and go on from their last checkpoint to the result that a
 """
 
 import os
+import shutil
 import signal
 import threading
 import warnings
@@ -29,7 +30,7 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 @dataclass
 class TrainerConfig:
-    """The machine's side of training; no setting here is meant to change what is learnt."""
+    """The machine's side of training; only `precision` changes what is learnt, a little."""
 
     accelerator: str = "auto"
     """`auto`, `cpu` or `gpu`."""
@@ -211,7 +212,7 @@ def train(
         dataset: map-style, `steps * batch_size` items; item i depends on i alone.
         name: shown on the bar and in TensorBoard.
         clip: norm at which the gradient is clipped.
-        folder: where checkpoints go; one that is there is gone on from and removed at the end.
+        folder: where checkpoints go; one that is there is gone on from. `discard_checkpoint` ends it.
         tensorboard: folder of the event files.
 
     Returns:
@@ -250,9 +251,15 @@ def train(
         )
         checkpoint = folder / CHECKPOINT
         resume = checkpoint if checkpoint.is_file() else None
+        if resume is None:  # the curves of an earlier run would mix with the new ones
+            shutil.rmtree(tensorboard / name, ignore_errors=True)
         try:
             trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
         except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt
             raise KeyboardInterrupt from error
-    checkpoint.unlink(missing_ok=True)
     return progress.curve
+
+
+def discard_checkpoint(folder: Path) -> None:
+    """Remove what `train` would go on from: once the result is saved, and not before."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)

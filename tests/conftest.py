@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 MICRO = """
-# two scenes and a folder task over 16 px, 8 codes and micro models: the whole chain in seconds
+# two scenes and a folder task over 16 px, 16 codes and micro models: the whole chain in seconds
 seed: 0
 data: {{image_size: 16}}
 tasks:

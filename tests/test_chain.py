@@ -1,11 +1,13 @@
 """The whole chain at micro size: what each stage leaves is what the next one and the user find."""
 
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -114,12 +116,25 @@ def test_scratch_and_student_differ_in_the_teacher_alone(run):
     assert [point["step"] for point in curves["teacher"]] == [2, 4, 6, 8]
     assert set(curves["student"][0]) == {"step", "loss", "ce", "kd"}
     assert set(curves["scratch"][0]) == {"step", "loss", "ce"}
-    # the same start and the same first batches: before the first update the labels cost the same, and the
-    # small steps of a warm-up hardly matter
-    assert curves["student"][0]["ce"] == pytest.approx(curves["scratch"][0]["ce"], rel=0.01)
     student, scratch = (load_file(run / role / "model.safetensors") for role in ("student", "scratch"))
     assert {n: t.shape for n, t in student.items()} == {n: t.shape for n, t in scratch.items()}
     assert not any(torch.equal(student[name], scratch[name]) for name in student)
+
+
+def test_without_kd_scratch_and_student_are_one_model(copy, capsys):
+    same = ["student.kd_weight=0", "scratch.learning_rate=1e-3", "scratch.warmup=0.05", "student.warmup=0.05"]
+    assert again(copy, *same, capsys=capsys) == STAGES[4:]
+    student, scratch = (load_file(copy[1] / role / "model.safetensors") for role in ("student", "scratch"))
+    assert all(torch.equal(student[name], scratch[name]) for name in student)
+
+
+def test_reordered_tasks_are_another_run(copy, tmp_path, capsys):
+    config = OmegaConf.load(copy[0])
+    config.tasks = {task: config.tasks[task] for task in reversed(TASKS)}
+    other = tmp_path / "micro.yaml"
+    OmegaConf.save(config, other)
+    stop = ["student=null", "scratch=null", "teacher=null"]
+    assert again((other, copy[1]), *stop, capsys=capsys) == STAGES[:3]
 
 
 def test_every_training_logs_to_tensorboard(run):
@@ -139,7 +154,7 @@ def test_the_export_has_the_students_logits_and_the_tokenizer(run):
     assert Tokenizer.load(run / "export" / "tokenizer").hash == Tokenizer.load(run / "tokenizer").hash
 
 
-def test_the_check_of_a_run_sees_what_is_missing(copy):
+def test_the_check_of_a_run_sees_what_is_missing(copy, tmp_path):
     def problem():
         try:
             check(copy[1])
@@ -147,11 +162,25 @@ def test_the_check_of_a_run_sees_what_is_missing(copy):
             return str(error)
         return ""
 
-    before = problem()
-    # micro models learn too little for the last line of the check; everything else must hold
-    assert before in ("", "the distilled student is not below scratch")
-    (copy[1] / "student" / "model.safetensors").unlink()
-    assert problem() != before
+    # micro models learn too little: lend this copy the numbers of better ones
+    file = copy[1] / "metrics.json"
+    good = json.loads(file.read_text())
+    good["tokenizer"]["codes_used"] = 15
+    for scores in good["evaluate"]["student"].values():
+        scores |= {"loss": 0.5, "perplexity": math.exp(0.5)}
+    file.write_text(json.dumps(good))
+    assert problem() == ""
+    file.write_text(json.dumps(good | {"tokenizer": {"codes_used": 14, "psnr": 20.0}}))
+    assert "14" in problem()
+    worse = good["evaluate"] | {"student": good["evaluate"]["scratch"]}
+    file.write_text(json.dumps(good | {"evaluate": worse}))
+    assert problem() == "the distilled student is not below scratch"
+    file.write_text(json.dumps(good))
+    for gone in ("report.html", "student/model.safetensors", "tokens/manifest.json"):
+        (copy[1] / gone).rename(tmp_path / "aside")
+        assert problem()
+        (tmp_path / "aside").rename(copy[1] / gone)
+    assert problem() == ""
 
 
 def test_a_second_run_reuses_everything(copy, capsys):

@@ -32,13 +32,20 @@ def command(*arguments):
     )
 
 
+def contents(folder):
+    """Every file below a folder with its bytes; None where there is no folder."""
+    if not folder.is_dir():
+        return None
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def refused(capfd, recipe, *overrides, run_dir=None):
     """The one line that a refused run prints; checks status and that nothing was written."""
     run_dir = run_dir or recipe.parent / "run"
-    there = run_dir.exists()
+    before = contents(run_dir)
     capfd.readouterr()
     assert fit.main([str(recipe), f"run_dir={run_dir}", *overrides]) == 2
-    assert run_dir.exists() == there
+    assert contents(run_dir) == before
     # a progress bar may stand above the line
     line = capfd.readouterr().err.rstrip("\n").split("\n")[-1].split("\r")[-1]
     assert line.startswith("error: ")
@@ -153,14 +160,51 @@ def test_a_picture_trained_on_and_held_out(capfd, micro, pairs):
     line = refused(
         capfd,
         micro,
-        "tasks.grey.validation_fraction=0",
         f"tasks.grey.validation_images={pairs}/images",
         f"tasks.grey.validation_annotations={pairs}/annotations",
     )
     assert line == f"tasks.grey: held out, but tasks.grey trains on it: {pairs}/images/0.jpg"
 
 
+def test_a_picture_gone_bad_leaves_a_finished_run_as_it_was(capfd, finished, micro, pairs):
+    run_dir = micro.parent / "run"
+    shutil.copytree(finished / "run", run_dir)
+    (pairs / "images" / "5.jpg").write_bytes(b"no picture")
+    assert refused(capfd, micro, "seed=3").startswith(f"{pairs}/images/5.jpg: unreadable picture (")
+
+
+def test_too_few_held_out_pictures(capfd, micro):
+    line = refused(capfd, micro, "tasks.pose.validation_samples=1")
+    assert line == "tasks.pose: 1 held-out samples, sentences.pairs asks for 2"
+    assert refused(capfd, micro, "tasks.pose.validation_samples=1", "--dry-run") == line
+
+
+def test_views_that_the_cap_cuts_are_said(micro, capfd):
+    assert fit.main([str(micro), "balance.max_views=2", "--dry-run"]) == 0
+    assert "tasks.pose: 3 views wanted, cut by balance.max_views" in capfd.readouterr().out
+
+
 # --- what is wrong in the run folder ---
+
+
+def test_a_run_folder_that_cannot_be_made(capfd, micro, pairs):
+    file = pairs / "images" / "0.jpg"
+    assert refused(capfd, micro, run_dir=file / "run") == f"{file}/run: Not a directory"
+
+
+def test_a_run_of_another_machine_can_be_gone_on_with(finished, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished / "run", run_dir)
+    saved = run_dir / "recipe.yaml"
+    saved.write_text(saved.read_text().replace("accelerator: cpu", "accelerator: gpu") + "gone_key: 1\n")
+    assert fit.main([str(finished / "micro.yaml"), f"run_dir={run_dir}"]) == 0
+    assert "done in" not in capsys.readouterr().out
+
+
+def test_a_damaged_recipe_in_the_run_folder(capfd, finished, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("[")
+    line = refused(capfd, finished / "micro.yaml", run_dir=tmp_path)
+    assert line.startswith(f"{tmp_path}/recipe.yaml: not readable as YAML: ")
 
 
 def test_a_run_folder_of_another_recipe(capfd, finished, micro):
@@ -188,10 +232,13 @@ def test_a_teacher_with_another_vocabulary(capfd, finished, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished / "run", run_dir)
     llama.save(llama.build("micro", 40, 66, bos=16, eos=17, seed=0), run_dir / "teacher")
-    line = refused(capfd, finished / "micro.yaml", "student.kd_weight=2", run_dir=run_dir)
-    assert line == (
-        "student: vocabulary of 18 ids, the teacher's has 40; both must speak the codes of one tokenizer"
+    student = contents(run_dir / "student")
+    assert fit.main([str(finished / "micro.yaml"), f"run_dir={run_dir}", "student.kd_weight=2"]) == 2
+    assert capfd.readouterr().err.split("\n")[-2] == (
+        "error: student: vocabulary of 18 ids, the teacher's has 40;"
+        " both must speak the codes of one tokenizer"
     )
+    assert contents(run_dir / "student") == student  # the old one is whole
 
 
 def test_a_collapsed_tokenizer(capfd, micro):

@@ -70,13 +70,13 @@ def test_paper_sizes():
 
 @pytest.mark.parametrize(("name", "near"), [("300M", "300m"), ("tinny", "tiny"), ("lvm-1B", "lvm-1b")])
 def test_unknown_size_names_the_nearest_and_all(name, near):
-    message = f"size: '{name}' is not known; did you mean .*{near}.* choices: micro, tiny,"
+    message = f"size: '{name}' is unknown; nearest: .*{near}.*; choices: micro, tiny,"
     with pytest.raises(ValueError, match=message):
         llama.build(name, 258, 64)
 
 
 def test_size_like_no_other_gets_no_hint():
-    with pytest.raises(ValueError, match="size: 'huge!' is not known; choices: micro"):
+    with pytest.raises(ValueError, match="size: 'huge!' is unknown; choices: micro"):
         llama.find_size("huge!")
 
 

@@ -355,7 +355,7 @@ def test_an_impossible_value_names_section_and_key(write, overrides, message):
 def test_a_size_is_answered_with_the_choices(write):
     path = write()
     message = _refused(load, path, ["student.size=tny"])
-    assert message.startswith(f"{path}: student.size: 'tny' is unknown; choices: ")
+    assert message.startswith(f"{path}: student.size: 'tny' is unknown; nearest: tiny")
     assert {"tiny", "80m", "300m", "1b"} <= set(message.partition("choices: ")[2].split(", "))
 
 

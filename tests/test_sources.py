@@ -134,10 +134,6 @@ SCENE = {"scene": "pose", "samples": 5, "validation_samples": 2}
             FOLDERS | {"validation_annotations": "c"},
             "validation_images, validation_annotations: give both or neither",
         ),
-        (
-            FOLDERS | {"validation_images": "c", "validation_annotations": "d"},
-            "validation_fraction: not together with validation_images",
-        ),
         *(
             (
                 FOLDERS | {"validation_fraction": fraction},
@@ -157,6 +153,7 @@ def test_task_settings_that_are_taken():
     TaskConfig(**FOLDERS, nearest=True)
     TaskConfig(**FOLDERS, policy="restoration")
     TaskConfig(images="a", annotations="b", validation_images="c", validation_annotations="d")
+    assert TaskConfig(images="a", annotations="b").validation_fraction == 0.2
     TaskConfig(**SCENE, policy="pose")
 
 

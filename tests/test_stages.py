@@ -52,7 +52,8 @@ def test_a_stage_leaves_its_result_and_its_record(chain):
     assert _names(chain.dir / "first") == ["result.txt", "stage.json"]
     assert (chain.dir / "second" / "result.txt").read_text() == "second 1"
     made = record(chain.dir / "first")
-    assert set(made) == {"key", "seconds", "metrics"}
+    assert set(made) == {"key", "inputs", "seconds", "metrics"}
+    assert made["inputs"] == [{"steps": 1, "weights": {}}]  # the resolved section
     assert made["metrics"] == {"value": 1}
     assert made["seconds"] >= 0
     assert made["key"] == stage_key(Stage("first", [Section(1)], [], chain.work("first", 1)), {})
@@ -62,7 +63,7 @@ def test_the_work_takes_place_beside_the_result(chain):
     def work(folder):
         assert folder == chain.dir / ".first.partial"
         assert not (chain.dir / "first").exists()
-        assert set(record(folder)) == {"key"}  # begun, not done
+        assert "metrics" not in record(folder)  # begun, not done
         return {}
 
     run_stage(Stage("first", [], [], work), chain.dir, {}, chain.said.append)
@@ -193,6 +194,15 @@ def test_a_stage_killed_just_before_it_was_renamed_is_whole(chain):
     assert chain.run() == made
     assert chain.ran == []
     assert _names(chain.dir) == ["first", "second"]
+
+
+def test_the_seconds_of_a_stopped_stage_count(chain, monkeypatch):
+    clock = iter([0.0, 5.0, 100.0, 102.5])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with pytest.raises(RuntimeError):
+        run_stage(_failing(1, RuntimeError()), chain.dir, {}, chain.said.append)
+    run_stage(Stage("first", [Section(1)], [], lambda folder: {}), chain.dir, {}, chain.said.append)
+    assert record(chain.dir / "first")["seconds"] == 7.5
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"key": 1}'])

@@ -13,7 +13,7 @@ from delvm import llama
 from delvm.distill.module import Distill, DistillConfig
 from delvm.errors import UserError
 from delvm.pretrain import Pretrain, PretrainConfig
-from delvm.training import CHECKPOINT, Interrupted, Shuffled, TrainerConfig, train
+from delvm.training import CHECKPOINT, Interrupted, Shuffled, TrainerConfig, discard_checkpoint, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, BATCH = 12, 4
@@ -160,9 +160,24 @@ def test_tensorboard_has_the_curve(tmp_path):
         assert points == [(point["step"], pytest.approx(point[key], rel=1e-6)) for point in curve]
 
 
-def test_a_finished_run_leaves_no_checkpoint(tmp_path):
-    _run(tmp_path, Noisy(), Items(), checkpoint_every=2)
+def test_the_checkpoint_stays_until_the_result_is_saved(tmp_path, uninterrupted):
+    weights, curve = uninterrupted
+    _run(tmp_path, Noisy(), Items(), checkpoint_every=5)
+    # killed here, before its caller has saved the weights: it goes on from step 10 of 12
+    again = Noisy(seed=1)
+    assert _run(tmp_path, again, Items(), checkpoint_every=5, seed=99) == curve
+    assert len(again.seen) == 2
+    _assert_equal(_weights(again), weights)
+    discard_checkpoint(tmp_path)
+    discard_checkpoint(tmp_path)  # none there: nothing to do
     assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
+
+
+def test_a_new_run_has_curves_of_its_own(tmp_path):
+    for _ in range(2):
+        _run(tmp_path, Noisy(), Items())
+        discard_checkpoint(tmp_path)
+    assert len(list((tmp_path / "tensorboard").rglob("events.out.tfevents.*"))) == 1
 
 
 # --- stop and go on ---
@@ -184,7 +199,6 @@ def test_a_stopped_run_goes_on_to_the_same_result(tmp_path, uninterrupted, numbe
     assert _run(tmp_path, second, Items(), seed=99) == curve
     assert second.seen == torch.arange(step * BATCH, STEPS * BATCH).view(-1, BATCH).tolist()
     _assert_equal(_weights(second), weights)
-    assert not (tmp_path / CHECKPOINT).exists()
 
 
 def test_a_run_stopped_twice(tmp_path, uninterrupted):

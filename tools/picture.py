@@ -8,6 +8,7 @@ each prompted with the run's first held-out pair of a task (not shown) and compl
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw
 from delvm import llama
 from delvm import recipe as recipes
 from delvm.chain import ROLES
+from delvm.errors import UserError
 from delvm.evaluate.prompting import Picture, complete, load_pictures
 from delvm.images.augment import view
 from delvm.images.sources import read_picture
@@ -29,7 +31,10 @@ SIDE, GAP, LINE = 128, 6, 16  # pixels of a picture, between two, of a line of t
 
 def complete_queries(run: Path, queries: list[Path]) -> dict[str, list[list[Picture]]]:
     """Rows of (query, the annotation by each model), by task."""
-    recipe, store = recipes.load(run / "recipe.yaml"), open_store(run / "tokens")
+    recipe, store = (
+        recipes.load(run / "recipe.yaml", ["trainer.accelerator=auto"]),
+        open_store(run / "tokens"),
+    )
     tokenizer = Tokenizer.load(run / "tokenizer")
     pictures = [read_picture(path) for path in queries]
     size = recipe.data.image_size
@@ -45,7 +50,10 @@ def complete_queries(run: Path, queries: list[Path]) -> dict[str, list[list[Pict
         prompts = torch.cat([torch.cat([begin, pairs], 1).expand(len(codes), -1), codes], 1)
         rows[task] = [[("query", picture)] for picture in views]
         for role in (role for role in ROLES if getattr(recipe, role) is not None):
-            found = complete(llama.load(run / role), prompts, store.tokens_per_image, store.num_codes)
+            found = complete(
+                llama.load(run / role), prompts, store.tokens_per_image, store.num_codes,
+                temperature=recipe.prompting.temperature, top_p=recipe.prompting.top_p, seed=recipe.seed,
+            )  # fmt: skip
             with torch.no_grad():
                 decoded = (tokenizer.decode(found) * 255).round().byte().permute(0, 2, 3, 1).numpy()
             for row, picture in zip(rows[task], decoded, strict=True):
@@ -70,7 +78,7 @@ def sheet(rows: dict[str, list[list[Picture]]]) -> Image.Image:
     return canvas
 
 
-def main() -> None:
+def main() -> int:
     """Arguments in, PNG out."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,13 +87,19 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--query", type=Path, nargs="+", default=[])
     options = parser.parse_args()
-    if options.query:
-        rows = complete_queries(options.run, options.query)
-    else:
-        pictures = load_pictures(options.run / "evaluate" / "pictures")
-        rows = {task: entry[:1] for task, entry in pictures.items()}
+    try:
+        if options.query:
+            rows = complete_queries(options.run, options.query)
+        else:
+            tasks = recipes.load(options.run / "recipe.yaml", ["trainer.accelerator=auto"]).tasks
+            pictures = load_pictures(options.run / "evaluate" / "pictures")
+            rows = {task: pictures[task][:1] for task in tasks}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     sheet(rows).save(options.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

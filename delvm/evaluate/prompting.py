@@ -1,5 +1,6 @@
 """A prompt of example pairs and a query, as tokens -> the tokens of the query's annotation."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class PromptingConfig:
     def __post_init__(self) -> None:
         if self.pictures < 1:
             raise ValueError(f"pictures: {self.pictures} must be at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature: {self.temperature} must be at least 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p} must be above 0 and at most 1")

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -48,9 +48,9 @@ class TaskConfig:
     annotations: str = ""
     """Folder of annotations, one a picture, matched by stem."""
     validation_images: str = ""
-    """Folder of held-out pictures; otherwise `validation_fraction` splits `images`."""
+    """Folder of held-out pictures; without it `validation_fraction` splits `images`."""
     validation_annotations: str = ""
-    validation_fraction: float = 0.0
+    validation_fraction: float = 0.2
     """Share of the stems held out. A stem falls on the same side in every task with this share."""
     scene: str = ""
     """A name from `delvm.images.scenes.SCENES`: exact annotations over photographs, made on the spot."""
@@ -89,8 +89,6 @@ class TaskConfig:
                 raise ValueError(f"{key}: missing; a task needs images and annotations (folders), or a scene")
         if bool(self.validation_images) != bool(self.validation_annotations):
             raise ValueError("validation_images, validation_annotations: give both or neither")
-        if self.validation_images and self.validation_fraction:
-            raise ValueError("validation_fraction: not together with validation_images")
         if not self.validation_images and not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction: {self.validation_fraction} must lie between 0 and 1, or give"
@@ -119,7 +117,7 @@ def read_picture(path: Path) -> np.ndarray:
             if picture.mode[0] in "IF":  # I;16, I, F: Pillow would make 255 of everything above it
                 raise ValueError("more than 8 bits a channel; save it with 8")
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise UserError(f"{path}: unreadable picture ({error})") from error
 
 

@@ -34,7 +34,7 @@ class TokenizerConfig:
     A picture has (image_size / factor)**2 codes, factor = patch * 2**(levels - 1).
     """
 
-    folder: str = ""  # take this tokenizer instead of training one; the settings below are then ignored
+    folder: str = ""  # take this tokenizer instead of training one; all settings below are then ignored
     num_codes: int = 256
     code_dim: int = 16
     patch: int = 4  # pixels; folded into channels before the network

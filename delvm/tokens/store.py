@@ -81,7 +81,7 @@ def write_grid(
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Write `manifest.json`, the last file of a store."""
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def open_store(folder: Path) -> TokenStore:

@@ -1,0 +1,98 @@
+"""The scripts beside the package: what they decide and what they draw."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import claims, picture
+
+TASKS = ["segmentation", "deraining", "pose"]
+
+
+def scores(**changes):
+    """One seed's arms, every gate held by 0.01; `arm_task=difference` moves one loss."""
+    losses = {
+        "none": (2.0, 3.5, 2.8), "resample": (2.3, 3.6, 2.95), "augment": (2.19, 3.19, 2.64),
+        "teacher": (2.0, 3.0, 2.0), "scratch": (2.4, 3.6, 2.8), "distilled": (2.36, 3.49, 2.76),
+    }  # fmt: skip
+    arms = {a: {t: {"loss": x} for t, x in zip(TASKS, row, strict=True)} for a, row in losses.items()}
+    for key, difference in changes.items():
+        arm, task = key.split("_")
+        arms[arm][task]["loss"] += difference
+    return arms
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [
+        ({}, True),
+        ({"augment_segmentation": 0.02}, False),  # the head pays more than 0.20
+        ({"none_deraining": -0.02}, False),
+        ({"none_pose": -0.02}, False),
+        ({"resample_segmentation": -0.02}, False),
+        ({"resample_deraining": -0.02}, False),
+        ({"resample_pose": -0.02}, False),
+        ({"scratch_segmentation": -0.02}, False),
+        ({"scratch_deraining": -0.02}, False),
+        ({"distilled_pose": 0.02}, False),
+        ({"augment_pose": -1.0}, True),
+    ],
+)
+def test_every_gate_counts(changes, held):
+    assert claims.report({0: scores(**changes)}, TASKS) is held
+
+
+def test_the_mean_counts_and_the_teacher_must_help_in_every_seed():
+    # +0.02 in one of two seeds is +0.01 in the mean, and just holds
+    assert claims.report({0: scores(none_pose=0.05), 1: scores(none_pose=-0.02)}, TASKS)
+    better, worse = scores(distilled_pose=-0.2), scores(distilled_pose=0.05)
+    assert not claims.report({0: better, 1: worse}, TASKS)  # better in the mean, worse in seed 1
+
+
+def test_claims_without_a_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["claims.py", str(tmp_path / "none.yaml")])
+    assert claims.main() == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/none.yaml: no such recipe\n"
+
+
+def test_the_picture_of_a_run(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["picture.py", str(finished / "run"), str(tmp_path / "out.png")])
+    assert picture.main() == 0
+    found = np.asarray(Image.open(tmp_path / "out.png"))
+    side, gap, line = picture.SIDE, picture.GAP, picture.LINE
+    assert found.shape == (gap + 3 * (side + 2 * line + gap), gap + 7 * (side + gap), 3)
+    # the third picture of the first row is the query of the first task, 16 pixels a side
+    left, top = gap + 2 * (side + gap), gap + 2 * line
+    drawn = found[top : top + side : side // 16, left : left + side : side // 16]
+    saved = finished / "run" / "evaluate" / "pictures" / "segmentation" / "000-02-query.png"
+    np.testing.assert_array_equal(drawn, np.asarray(Image.open(saved)))
+
+
+def test_ones_own_query_is_completed_as_in_the_report(finished, tmp_path, monkeypatch):
+    # the first held-out query of the run, given as a file of one's own
+    for task in TASKS[::2]:
+        folder = finished / "run" / "evaluate" / "pictures" / task
+        rows = picture.complete_queries(finished / "run", [folder / "000-02-query.png"])
+        assert [caption for caption, _ in rows[task][0]] == ["query", "teacher", "scratch", "student"]
+        for caption, found in rows[task][0][1:]:
+            place = {"teacher": 4, "scratch": 5, "student": 6}[caption]
+            saved = np.asarray(Image.open(folder / f"000-{place:02}-{caption}.png"))
+            np.testing.assert_allclose(found.astype(int), saved.astype(int), atol=1)
+
+
+def test_the_picture_of_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["picture.py", str(tmp_path), str(tmp_path / "out.png")])
+    assert picture.main() == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/recipe.yaml: no such recipe\n"
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_the_recipe_of_the_claims_has_their_tasks():
+    recipe = claims.load(claims.Path("recipes/claims.yaml"))
+    assert list(recipe.tasks) == TASKS
+    assert all(set(least) == set(TASKS) for _, _, least in claims.GATES)
+    assert claims.TUNING_SEED not in (0, 1, 2)
+    assert json.dumps(claims.GRID)
