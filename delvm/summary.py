@@ -9,6 +9,7 @@ from delvm.console import console, show_plan, show_scores, table
 from delvm.evaluate.prompting import load_pictures
 from delvm.evaluate.report import Report, render
 from delvm.stages import record, stage_key, write_atomic
+from delvm.tokenizer.training import num_parameters
 
 
 def dry_run(run: Run) -> None:
@@ -29,6 +30,13 @@ def dry_run(run: Run) -> None:
         parameters = llama.num_parameters(config.size, run.num_codes + 2)
         rows.append((role, config.size, parameters, config.steps, per_step, per_step * config.steps))
     table("models", ["model", "size", "parameters", "steps", "tokens a step", "tokens"], rows)
+    tokenizer = run.recipe.tokenizer
+    if run.given_tokenizer is None:
+        parameters = num_parameters(tokenizer, run.recipe.data.image_size)
+        sizes = f"{parameters:,} parameters, {tokenizer.steps} steps of {tokenizer.batch_size} pictures"
+        console.print(f"tokenizer: {sizes}")
+    else:
+        console.print(f"tokenizer: {tokenizer.folder}")
     pairs = run.recipe.sentences.pairs
     console.print(f"sentences: {pairs} pairs, {run.length} tokens, {run.num_codes} codes and BOS, EOS")
     keys: dict[str, str] = {}

@@ -17,6 +17,7 @@ def test_a_dry_run_says_plan_and_sizes_and_writes_nothing(micro, capsys):
     assert re.search(r"pose +│ +4 │ +3 │ +1 │ +128 │ +\d+% │ +384 │", said)
     # 2 pairs of 2 pictures of 16 tokens, BOS and EOS: 66 tokens a sentence, 4 sentences a step
     assert "sentences: 2 pairs, 66 tokens, 16 codes and BOS, EOS" in said
+    assert re.search(r"tokenizer: [\d,]+ parameters, 6 steps of 8 pictures", said)
     parameters = llama.num_parameters("micro", 18)
     assert re.search(rf"student │ +micro │ +{parameters:,} │ +6 │ +264 │ +1,584", said)
     assert [line for line in said.splitlines() if line.endswith(": to do")] == [

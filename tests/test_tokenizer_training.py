@@ -13,6 +13,7 @@ from delvm.tokenizer.training import (
     build,
     check,
     measure,
+    num_parameters,
     patch_frequencies,
     perplexity,
     psnr,
@@ -279,3 +280,9 @@ def test_impossible_settings(key, value):
 def test_a_size_that_does_not_fit():
     with pytest.raises(ValueError, match="image_size: 30, must be a positive multiple of 4"):
         build(TokenizerConfig(), 30)
+
+
+def test_parameters_are_those_of_the_built_tokenizer():
+    config = tiny_config()
+    expected = sum(parameter.numel() for parameter in build(config, 16).parameters())
+    assert num_parameters(config, 16) == expected > 100_000

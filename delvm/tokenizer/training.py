@@ -111,6 +111,12 @@ def build(config: TokenizerConfig, image_size: int) -> Tokenizer:
     return tokenizer
 
 
+def num_parameters(config: TokenizerConfig, image_size: int) -> int:
+    """Parameters, counted on the meta device."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build(config, image_size).parameters())
+
+
 @torch.no_grad()
 def start_linear(vqgan: VQModel, patch: int) -> None:
     """Set a one-level VQGAN to keep about the lowest frequencies of each patch, one a latent channel.
