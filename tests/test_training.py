@@ -320,6 +320,15 @@ def test_asked_twice_it_stops_at_once(tmp_path):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own answer to Ctrl-C, which a process started in the background of a shell does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_interrupted_before_the_first_step(tmp_path):
     class Slow(Noisy):
         def setup(self, stage):
