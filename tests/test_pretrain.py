@@ -218,5 +218,6 @@ def test_impossible_training_values(values, message):
 
 
 def test_the_edges_of_the_ranges_are_possible():
-    PretrainConfig(warmup=0.0, final=0.0, weight_decay=0.0, beta1=0.0, steps=1, batch_size=1)
-    PretrainConfig(warmup=1.0, final=1.0)
+    lowest = PretrainConfig(warmup=0.0, final=0.0, weight_decay=0.0, beta1=0.0, steps=1, batch_size=1)
+    assert (lowest.warmup, lowest.final, lowest.steps) == (0.0, 0.0, 1)
+    assert PretrainConfig(warmup=1.0, final=1.0).final == 1.0
