@@ -2,11 +2,12 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
@@ -18,14 +19,18 @@ from delvm.distill.module import Distill
 from delvm.errors import UserError
 from delvm.evaluate import likelihood, prompting
 from delvm.export import export
-from delvm.images.sources import Views, fingerprint, index_data, open_sources
+from delvm.images.sources import SPLITS, Views, fingerprint, index_data, open_sources
+from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
 from delvm.pretrain import Pretrain, PretrainConfig
 from delvm.recipe import Recipe
 from delvm.stages import Stage, run_stage, write_atomic
 from delvm.tokenizer import Tokenizer
 from delvm.tokenizer import training as tokenizer_training
-from delvm.tokens import balance, sentences
-from delvm.tokens.store import code_dtype, encode, open_store, write_grid, write_manifest
+from delvm.tokens import balance, lines, sentences
+from delvm.tokens.encoding import write_store
+from delvm.tokens.online import Encode, OnlineSentences
+from delvm.tokens.rows import TrainingSentences, row_length
+from delvm.tokens.store import TokenStore, open_store
 from delvm.training import Shuffled, discard_checkpoint, train
 
 ROLES = ("teacher", "scratch", "student")
@@ -40,33 +45,42 @@ class Run:
         self.keys: dict[str, str] = {}
         self.metrics: dict[str, dict] = {}
         self.manifest: dict[str, dict] = {}
+        self.listed = self.dir / "data"
+        self.forms: dict[str, sentences.Form] = {}
         self.plans: dict[str, balance.TaskPlan] = {}
+        self.balance: dict[str, dict[str, int | float]] = {}
+        self.length = 0  # tokens of a row
 
     # --- the arrows, in the order of the data flow; each writes into the folder it is given ---
 
     def data(self, folder: Path) -> dict:
         """Images -> the list of readable samples."""
-        manifest = self.index()
+        manifest = self.index(folder)
         write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1))
-        return {task: len(entry["skipped"]) for task, entry in manifest.items()}
+        return {
+            task: {key: len(entry[key]) for key in ("skipped", "dropped")} for task, entry in manifest.items()
+        }
 
     def tokenizer(self, folder: Path) -> dict:
         """The training pictures -> a tokenizer."""
         recipe, config = self.recipe, self.recipe.tokenizer
-        views: ConcatDataset = ConcatDataset(self.views("train").values())
         tokenizer = self.given_tokenizer
         if tokenizer is None:
+            views: ConcatDataset = ConcatDataset(self.views("train").values())
             pl.seed_everything(recipe.seed, verbose=False)
             module = tokenizer_training.TokenizerTraining(config, recipe.data.image_size)
-            pairs = max(1, config.batch_size // 2)
-            self.train("tokenizer", module, Shuffled(views, config.steps * pairs, recipe.seed), config.steps,
-                       pairs, clip=1.0, folder=folder)  # fmt: skip
+            samples = max(1, config.batch_size // max(entry["pictures"] for entry in self.manifest.values()))
+            self.train("tokenizer", module, Shuffled(views, config.steps * samples, recipe.seed),
+                       config.steps, samples, clip=1.0, folder=folder)  # fmt: skip
             tokenizer = module.finish()
-        held_out: ConcatDataset = ConcatDataset(self.views("validation").values())
-        sample = Shuffled(held_out, min(len(held_out), 512), recipe.seed + 1)
-        metrics = tokenizer_training.measure(
-            tokenizer.to(recipe.trainer.device()), DataLoader(sample, batch_size=64)
-        )
+        metrics: dict = {}
+        if held_out := self.views("validation"):  # else all tasks come as tokens
+            pictures: ConcatDataset = ConcatDataset(held_out.values())
+            sample = Shuffled(pictures, min(len(pictures), 512), recipe.seed + 1)
+            metrics = tokenizer_training.measure(
+                tokenizer.to(recipe.trainer.device()),
+                DataLoader(sample, batch_size=64, collate_fn=sample.collate),
+            )
         if self.given_tokenizer is None:
             tokenizer_training.check(metrics, config)
         tokenizer.cpu().save(folder)
@@ -75,24 +89,11 @@ class Run:
 
     def tokens(self, folder: Path) -> dict:
         """Pairs and views -> token grids."""
-        device = self.recipe.trainer.device()
-        tokenizer = Tokenizer.load(self.dir / "tokenizer").to(device)
-        dtype = code_dtype(tokenizer.num_codes)
-        tasks: dict[str, dict] = {task: {} for task in self.recipe.tasks}
-        splits = {split: self.views(split) for split in ("train", "validation")}
-        total = sum(len(views) for parts in splits.values() for views in parts.values())
-        with tqdm(total=total, desc="tokens", unit="pair") as bar:
-            for split, parts in splits.items():
-                for task, views in parts.items():
-                    shape = (len(views.source), views.num_views, 2, tokenizer.num_tokens)
-                    loader = DataLoader(views, batch_size=64, num_workers=self.recipe.trainer.num_workers)
-                    rows = encode(tokenizer, loader, bar.update)
-                    checksum = write_grid(folder / f"{task}.{split}.npy", shape, dtype, rows)
-                    tasks[task][split] = {"shape": list(shape), "sha256": checksum}
-        write_manifest(folder, {
-            "tokenizer": tokenizer.hash, "num_codes": tokenizer.num_codes,
-            "tokens_per_image": tokenizer.num_tokens, "tasks": tasks,
-        })  # fmt: skip
+        recipe = self.recipe
+        tokenizer = Tokenizer.load(self.dir / "tokenizer").to(recipe.trainer.device())
+        views = {split: self.views(split, fresh=recipe.balance.online) for split in SPLITS}
+        write_store(folder, tokenizer, recipe.tasks, self.manifest, views, seed=recipe.seed,
+                    num_workers=recipe.trainer.num_workers)  # fmt: skip
         return {}
 
     def teacher(self, folder: Path) -> dict:
@@ -127,29 +128,27 @@ class Run:
         """Models -> their scores on held-out sentences, and the annotations they generate."""
         recipe = self.recipe
         device = recipe.trainer.device()
-        store = open_store(self.dir / "tokens")
-        held_out = sentences.validation_sentences(store, recipe.sentences, recipe.seed)
-        roles = sentences.roles(recipe.sentences.pairs, store.tokens_per_image)
         tokenizer = Tokenizer.load(self.dir / "tokenizer").to(device)
+        store = open_store(self.dir / "tokens", tokenizer=tokenizer.hash)
+        count = recipe.sentences.validation
+        held_out = sentences.validation_sentences(store, self.forms, count, recipe.seed)
+        roles = {task: form.roles for task, form in self.forms.items()}
         scores: dict[str, dict] = {}
-        pictures = self.prompt_pictures()
-        prompt_end = int((roles == sentences.ANNOTATION).nonzero()[-store.tokens_per_image])
-        total = len(self.models) * len(held_out) * recipe.sentences.validation
+        pictures = self.prompt_pictures(store, tokenizer)
+        total = len(self.models) * len(held_out) * count
         with tqdm(total=total, desc="evaluate", unit="sentence") as bar:
             for role in self.models:
                 model = llama.load(self.dir / role).to(device)
                 scores[role] = likelihood.evaluate(model, held_out, roles, progress=bar.update)
                 for task, rows in pictures.items():
-                    prompts = held_out[task][: len(rows), :prompt_end]
+                    end = self.forms[task].length - recipe.sentences.specials - store.tokens_per_image
                     settings = recipe.prompting
                     codes = prompting.complete(
-                        model, prompts, store.tokens_per_image, store.num_codes,
+                        model, held_out[task][: len(rows), :end], store.tokens_per_image, store.num_codes,
                         temperature=settings.temperature, top_p=settings.top_p, seed=recipe.seed,
                     )  # fmt: skip
-                    with torch.inference_mode():
-                        decoded = tokenizer.decode(codes.to(device)).cpu()
-                    for row, picture in zip(rows, decoded, strict=True):
-                        row.append((role, (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()))
+                    for row, picture in zip(rows, decoded_pictures(tokenizer, codes), strict=True):
+                        row.append((role, picture))
         prompting.save_pictures(folder / "pictures", pictures)
         return scores
 
@@ -179,11 +178,12 @@ class Run:
         """The stages that the recipe has, in order."""
         recipe = self.recipe
         tasks = [[task, asdict(config)] for task, config in recipe.tasks.items()]  # their order counts
+        rows = {key: value for key, value in asdict(recipe.sentences).items() if key != "validation"}
         files = fingerprint(recipe.tasks)
         given = self.given_tokenizer.hash if self.given_tokenizer else ""
-        data = [tasks, recipe.data, recipe.seed, files]
+        data = [tasks, recipe.data, recipe.seed, files, given if self.token_tasks else ""]
         machine = [recipe.seed, recipe.trainer.precision]
-        learning = [recipe.sentences.pairs, *machine]
+        learning = [rows, *machine]
         chain = [
             Stage("data", data, [], self.data),
             Stage("tokenizer", [recipe.tokenizer, given, recipe.balance, *machine], ["data"], self.tokenizer),
@@ -211,9 +211,10 @@ class Run:
         except UserError:
             shutil.rmtree(self.dir if new else self.dir / ".data.partial")
             raise
-        self.open_data(json.loads((self.dir / "data" / "manifest.json").read_text()))
+        listed = self.dir / "data"
+        self.open_data(json.loads((listed / "manifest.json").read_text()), listed)
         write_atomic(self.dir / "recipe.yaml", recipes.to_yaml(self.recipe))
-        console.show_plan(self.balance())
+        console.show_plan(self.balance)
         for stage in others:
             self.run(stage)
 
@@ -223,46 +224,92 @@ class Run:
 
     # --- what the arrows share ---
 
-    def index(self) -> dict[str, dict]:
-        """The index of samples, every file read once."""
-        manifest = index_data(self.recipe.tasks, self.recipe.data, self.recipe.seed)
-        self.refuse_too_few(manifest)
+    def index(self, folder: Path) -> dict[str, dict]:
+        """List the samples in `folder`, every file read once."""
+        recipe = self.recipe
+        found = index_data(self.image_tasks, recipe.data, recipe.seed, folder)
+        for task, config in self.token_tasks.items():
+            found[task] = lines.index_lines(
+                task, config, tokens_per_image=self.num_tokens, num_codes=self.num_codes, seed=recipe.seed
+            )
+        manifest = {task: found[task] for task in recipe.tasks}
+        self.open_data(manifest, folder, say=False)
         return manifest
 
-    def refuse_too_few(self, manifest: dict[str, dict]) -> None:
-        """Raises UserError where a held-out query would have to be among its own examples."""
-        pairs = self.recipe.sentences.pairs
+    def open_data(self, manifest: dict[str, dict], folder: Path, *, say: bool = True) -> None:
+        """Take over the list of samples; plan sentences and balance from it.
+
+        Raises:
+            UserError: samples that do not fit the sentences, or too few of them.
+        """
+        recipe = self.recipe
+        self.manifest, self.listed = manifest, folder
+        samples = {
+            task: (config.num_frames(manifest[task]["pictures"]), manifest[task]["pictures"])
+            for task, config in recipe.tasks.items()
+        }
+        try:
+            self.forms = sentences.find_forms(recipe.sentences, samples, self.num_tokens)
+            self.length = row_length(recipe.sentences, self.forms)
+            counts = {task: entry["train"] for task, entry in manifest.items()}
+            tokens = {task: entry["pictures"] * self.num_tokens for task, entry in manifest.items()}
+            plans = balance.plan(counts, tokens, recipe.balance)
+            # of tokens there are no views: they are shown again instead
+            self.plans = {
+                task: replace(plan, views=1) if task in self.token_tasks else plan
+                for task, plan in plans.items()
+            }
+            self.balance = balance.summary(self.plans, tokens)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if recipe.balance.online and self.token_tasks:
+            raise UserError(
+                f"balance.online: tasks.{next(iter(self.token_tasks))} has no pictures to view anew"
+            )
+        if recipe.balance.online and {form.length for form in self.forms.values()} != {self.length}:
+            raise UserError("balance.online: a row must be a whole sentence; leave sentences.length at 0")
         for task, entry in manifest.items():
-            held_out = num_samples(entry["validation"])
-            if held_out < pairs:
+            kind, shots = self.forms[task].kind, self.forms[task].shots
+            if kind == "category" and recipe.tasks[task].source != "classes":
+                raise UserError(f"sentences.kinds.{task}: 'category' needs source 'classes'")
+            if entry["validation"] < shots:  # a held-out query would have to be among its own examples
                 raise UserError(
-                    f"tasks.{task}: {held_out} held-out samples, sentences.pairs asks for {pairs}"
+                    f"tasks.{task}: {entry['validation']} held-out samples, a sentence shows {shots}"
+                )
+        if say:
+            for entry in manifest.values():
+                for message in [*entry["skipped"], *entry["dropped"]]:
+                    console.console.print(f"left out: {message}", soft_wrap=True)
+            for task in self.token_tasks:
+                if plans[task].views > 1:
+                    console.console.print(
+                        f"tasks.{task}: tokens have no views, shown {plans[task].views} times instead"
+                    )
+            for task, (target, share) in balance.shortfalls(self.plans).items():
+                wanted = self.plans[task].wanted
+                console.console.print(
+                    f"tasks.{task}: {wanted} views wanted, cut by balance.max_views:"
+                    f" {share:.1%} of the tokens instead of {target:.1%}"
                 )
 
-    def open_data(self, manifest: dict[str, dict]) -> None:
-        """Take over the index of samples, and plan the balance from it."""
-        self.manifest = manifest
-        self.refuse_too_few(manifest)
-        for entry in manifest.values():
-            for message in entry["skipped"]:
-                console.console.print(f"skipped: {message}", soft_wrap=True)
-        counts = {task: num_samples(entry["train"]) for task, entry in manifest.items()}
-        self.plans = balance.plan(counts, self.recipe.balance)
-        for task, plan in self.plans.items():
-            if plan.wanted > plan.views * plan.repeats and self.recipe.balance.strategy != "none":
-                console.console.print(f"tasks.{task}: {plan.wanted} views wanted, cut by balance.max_views")
+    def stored(self, plan: balance.TaskPlan) -> balance.TaskPlan:
+        """The plan over what is stored: where views are drawn online, the samples alone."""
+        return replace(plan, views=1) if self.recipe.balance.online else plan
 
-    def views(self, split: str) -> dict[str, Views]:
-        """The pictures of a split by task: training has the planned views, validation the samples alone."""
+    def views(self, split: str, *, fresh: bool = False) -> dict[str, Views]:
+        """The pictures of a split by task: training has the planned views, validation the samples alone.
+
+        Tasks that come as tokens have none. `fresh`: of training, too, the samples alone.
+        """
         recipe = self.recipe
-        sources = open_sources(self.manifest, recipe.tasks, split, recipe.seed)
+        sources = open_sources(self.manifest, self.image_tasks, split, recipe.seed, self.listed)
         return {
             task: Views(
                 source,
                 task,
                 recipe.tasks[task],
                 size=recipe.data.image_size,
-                num_views=self.plans[task].views if split == "train" else 1,
+                num_views=self.plans[task].views if split == "train" and not fresh else 1,
                 seed=recipe.seed,
             )
             for task, source in sources.items()
@@ -286,6 +333,16 @@ class Run:
         return tokenizer
 
     @property
+    def image_tasks(self) -> dict[str, TaskConfig]:
+        """The tasks that come as pictures, or are drawn."""
+        return {task: c for task, c in self.recipe.tasks.items() if c.source not in TOKEN_SOURCES}
+
+    @property
+    def token_tasks(self) -> dict[str, TaskConfig]:
+        """The tasks that come as tokens."""
+        return {task: c for task, c in self.recipe.tasks.items() if c.source in TOKEN_SOURCES}
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of one picture."""
         if self.given_tokenizer:
@@ -298,13 +355,9 @@ class Run:
         return self.given_tokenizer.num_codes if self.given_tokenizer else self.recipe.tokenizer.num_codes
 
     @property
-    def length(self) -> int:
-        """Tokens of one sentence."""
-        return sentences.sentence_length(self.recipe.sentences.pairs, self.num_tokens)
-
-    def balance(self) -> dict[str, dict[str, int]]:
-        """The plan as numbers, by task."""
-        return balance.summary(self.plans, 2 * self.num_tokens)
+    def vocabulary(self) -> int:
+        """Ids of the models: the codes, then BOS and EOS where sentences have them."""
+        return self.num_codes + 2 * self.recipe.sentences.specials
 
     def model_config(self, role: str) -> PretrainConfig:
         """The size, steps and batches of a role; the scratch control has the student's."""
@@ -314,17 +367,27 @@ class Run:
 
     def new_model(self, size: str, seed: int) -> Any:
         """An untrained model over the tokenizer's codes, BOS and EOS."""
-        codes = self.num_codes
-        return llama.build(size, codes + 2, self.length, bos=codes, eos=codes + 1, seed=seed)
+        codes, specials = self.num_codes, self.recipe.sentences.specials
+        positions = max(self.length, *(form.length for form in self.forms.values()))
+        return llama.build(
+            size, self.vocabulary, positions,
+            bos=codes if specials else None, eos=codes + 1 if specials else None, seed=seed,
+        )  # fmt: skip
 
     def train_model(
         self, name: str, module: Pretrain, steps: int, batch_size: int, seed: int, folder: Path
     ) -> dict:
         """Train on sentences drawn from `seed`, save as a transformers folder."""
         store = open_store(self.dir / "tokens")
-        dataset = sentences.TrainingSentences(
-            store, self.plans, self.recipe.sentences, num_sentences=steps * batch_size, seed=seed
+        recipe = self.recipe
+        plans = {task: self.stored(plan) for task, plan in self.plans.items()}
+        rows = TrainingSentences(
+            store, plans, self.forms, recipe.sentences, num_rows=steps * batch_size, seed=seed
         )
+        dataset: Dataset = rows
+        if recipe.balance.online:
+            dataset = OnlineSentences(rows, self.views("train"))
+            module.prepare = Encode(rows, Tokenizer.load(self.dir / "tokenizer"))
         pl.seed_everything(seed, verbose=False)
         self.train(name, module, dataset, steps, batch_size, clip=module.config.clip, folder=folder)
         llama.save(module.model.cpu(), folder)
@@ -349,34 +412,54 @@ class Run:
         )  # fmt: skip
         write_atomic(folder / "curve.json", json.dumps(curve))
 
-    def prompt_pictures(self) -> dict[str, list[list[prompting.Picture]]]:
-        """The real pictures of the first held-out sentences: example pairs, query and truth, captioned."""
-        recipe = self.recipe
+    def prompt_pictures(
+        self, store: TokenStore, tokenizer: Tokenizer
+    ) -> dict[str, list[list[prompting.Picture]]]:
+        """The pictures of the first held-out sentences, captioned; the last one is to be generated.
+
+        They are the real ones, or decoded where a task comes as tokens.
+        """
+        recipe, views = self.recipe, self.views("validation")
         rows: dict[str, list[list[prompting.Picture]]] = {}
-        for index, (task, views) in enumerate(self.views("validation").items()):
-            picks = sentences.validation_picks(len(views), recipe.sentences, recipe.seed, index)
+        for index, (task, form) in enumerate(self.forms.items()):
+            if form.images == 1:  # nothing stands before it
+                continue
+            count, classes = recipe.sentences.validation, store.classes["validation"].get(task)
+            grid = store.grids["validation"][task]
+            picks = sentences.validation_picks(form, len(grid), count, recipe.seed, index, classes)
+            annotated = (form.image_roles == sentences.ANNOTATION).tolist()
+            captions = [
+                "annotation" if drawn else "example" if any(annotated) else "image" for drawn in annotated
+            ]
+            captions[-1] = "truth"
+            if annotated[-1] and not annotated[-2]:
+                captions[-2] = "query"
             rows[task] = []
             for sentence in picks[: recipe.prompting.pictures]:
-                pairs = [views[int(sample)].numpy() for sample in sentence]
-                row: list[prompting.Picture] = []
-                for image, annotation in pairs[:-1]:
-                    row += [("example", image), ("annotation", annotation)]
-                rows[task].append([*row, ("query", pairs[-1][0]), ("truth", pairs[-1][1])])
+                if task in views:
+                    shown = [views[task][int(sample)][picture].numpy() for sample, _, picture in sentence]
+                else:
+                    codes = grid.gather(*sentence.T.copy()).astype(np.int64)
+                    shown = decoded_pictures(tokenizer, torch.from_numpy(codes))
+                rows[task].append(list(zip(captions, shown, strict=True)))
         return rows
 
     def describe_data(self) -> str:
-        """One line a task: where its pairs come from and how many there are."""
+        """One line a task: where its samples come from and how many there are."""
         lines = []
         for task, config in self.recipe.tasks.items():
-            origin = f"scenes '{config.scene}'" if config.scene else "paired folders"
-            train, held = (num_samples(self.manifest[task][split]) for split in ("train", "validation"))
-            lines.append(f"{task}: {origin}, {train} training and {held} held-out pairs")
+            origin = f"scenes '{config.scene}'" if config.scene else config.source
+            made = f", {config.make}" if config.make else ""
+            train, held = (self.manifest[task][split] for split in SPLITS)
+            lines.append(f"{task}: {origin}{made}, {train} training and {held} held-out samples")
         return "\n".join(lines)
 
 
-def num_samples(entry: int | list) -> int:
-    """Samples of a manifest's split: scenes are counted, files listed."""
-    return entry if isinstance(entry, int) else len(entry)
+def decoded_pictures(tokenizer: Tokenizer, codes: torch.Tensor) -> list[np.ndarray]:
+    """(n, tokens) int64 codes -> n pictures (H, W, 3) uint8."""
+    with torch.inference_mode():
+        decoded = tokenizer.decode(codes.to(tokenizer.codebook.device)).cpu()
+    return list((decoded.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy())
 
 
 def student_frame(recipe: Recipe) -> list:

@@ -18,24 +18,27 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     console.print(out)
 
 
-def show_plan(summary: Mapping[str, Mapping[str, int]]) -> None:
+def show_plan(summary: Mapping[str, Mapping[str, int | float]]) -> None:
     """The balance plan: image tokens an epoch by task, before and after."""
-    total_before = sum(entry["tokens_before"] for entry in summary.values())
-    total_after = sum(entry["tokens_after"] for entry in summary.values())
+    total = sum(entry["tokens_before"] for entry in summary.values())
     rows = [
         (
             task,
             entry["samples"],
             entry["views"],
-            entry["repeats"],
+            entry["draws"],
             entry["tokens_before"],
-            f"{entry['tokens_before'] / total_before:.0%}",
+            f"{entry['tokens_before'] / total:.0%}",
             entry["tokens_after"],
-            f"{entry['tokens_after'] / total_after:.0%}",
+            f"{entry['share']:.0%}",
         )
         for task, entry in summary.items()
     ]
-    table("balance", ["task", "samples", "views", "rep.", "tokens", "", "after", ""], rows)
+    table("balance", ["task", "samples", "views", "drawn", "tokens", "", "after", ""], rows)
+
+
+def _both(whole: float | None, annotation: float | None) -> str:
+    return " / ".join("-" if value is None else f"{value:.3f}" for value in (whole, annotation))
 
 
 def show_scores(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
@@ -44,16 +47,14 @@ def show_scores(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None
     for task in next(iter(scores.values())):
         for model, tasks in scores.items():
             entry = tasks[task]
-            both = (
-                f"{entry[key]:.3f} / {entry['annotation_' + key]:.3f}"
-                for key in ("loss", "accuracy", "perplexity")
-            )
-            rows.append([task, model, *both])
+            keys = ("loss", "accuracy", "perplexity")
+            rows.append([task, model, *(_both(entry.get(k), entry.get(f"annotation_{k}")) for k in keys)])
     for model, tasks in scores.items():
-        loss, annotation_loss = (
-            sum(entry[key] for entry in tasks.values()) / len(tasks) for key in ("loss", "annotation_loss")
-        )
-        rows.append(["mean", model, f"{loss:.3f} / {annotation_loss:.3f}", "", ""])
+        means = []
+        for key in ("loss", "annotation_loss"):
+            values = [entry[key] for entry in tasks.values() if key in entry]
+            means.append(sum(values) / len(values) if values else None)
+        rows.append(["mean", model, _both(*means), "", ""])
     table(
         "held-out sentences: all codes / annotation codes",
         ["task", "model", "loss", "accuracy", "perplexity"],

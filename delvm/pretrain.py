@@ -1,6 +1,7 @@
 """Visual sentences -> a LLaMA by next-token prediction."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,21 +77,36 @@ def learning_rate_factor(step: int, steps: int, warmup: float, final: float) -> 
 class Pretrain(pl.LightningModule):
     """Next-token prediction; the one training step of teacher, scratch student and distilled student.
 
-    Batches: `{"tokens": (batch, length) int64}`. Every token after BOS is a target.
+    Batches: `tokens` (batch, length) int64; `labels`, the same with -100 where nothing is to be learnt, else
+    every token after the first is a target; `positions` (batch, length) int64, which start again at 0 where
+    a sentence begins that must not see what stands before it.
     """
 
     def __init__(self, model: LlamaForCausalLM, config: OptimizerConfig, steps: int) -> None:
         super().__init__()
         self.model, self.config, self.steps = model, config, steps
+        self.prepare: Callable[[Any], Any] | None = None
+        """What makes such a batch of another, on the device."""
 
-    def losses(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`loss` to minimise, and its parts. inputs, labels: (batch, length - 1) int64, already shifted."""
-        ce = token_cross_entropy(self.model(inputs, use_cache=False).logits, labels)
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.prepare(batch) if self.prepare else batch
+
+    def losses(
+        self, inputs: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`loss` to minimise, and its parts.
+
+        inputs, labels, positions: (batch, length - 1) int64, labels already shifted.
+        """
+        ce = token_cross_entropy(logits_of(self.model, inputs, positions), labels)
         return {"loss": ce, "ce": ce}
 
     def training_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tokens = batch["tokens"]
-        return self.losses(tokens[:, :-1], tokens[:, 1:])
+        tokens, positions = batch["tokens"], batch.get("positions")
+        labels = batch.get("labels", tokens)
+        return self.losses(
+            tokens[:, :-1], labels[:, 1:], positions if positions is None else positions[:, :-1]
+        )
 
     def configure_gradient_clipping(
         self,
@@ -113,6 +129,16 @@ class Pretrain(pl.LightningModule):
             optimizer, lambda step: learning_rate_factor(step, self.steps, config.warmup, config.final)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def logits_of(
+    model: LlamaForCausalLM, inputs: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(batch, length, vocab) of a forward pass over whole rows.
+
+    Attention stops where positions start again: transformers reads packed sentences off them.
+    """
+    return model(inputs, position_ids=positions, use_cache=False).logits
 
 
 def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from delvm.distill.module import DistillConfig
 from delvm.errors import UserError
 from delvm.evaluate.prompting import PromptingConfig
-from delvm.images.sources import DataConfig, TaskConfig
+from delvm.images.tasks import TOKEN_SOURCES, DataConfig, TaskConfig
 from delvm.pretrain import OptimizerConfig, PretrainConfig
 from delvm.tokenizer.training import TokenizerConfig
 from delvm.tokens.balance import BalanceConfig
@@ -58,9 +58,15 @@ class Recipe:
         for task in self.tasks:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", task):
                 raise ValueError(f"tasks.{task}: a task's name may hold letters, digits, '_' and '-'")
-        for task in self.balance.shares:
-            if task not in self.tasks:
-                raise ValueError(f"balance.shares.{task}: no such task; tasks: {', '.join(self.tasks)}")
+        named = {
+            "balance.shares": list(self.balance.shares),
+            "sentences.kinds": list(self.sentences.kinds),
+            "sentences.shots": list(self.sentences.shots),
+        }
+        for key, tasks in named.items():
+            for task in tasks:
+                if task not in self.tasks:
+                    raise ValueError(f"{key}.{task}: no such task; tasks: {', '.join(self.tasks)}")
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} must be at least 0")
         if self.seed > MAX_SEED:
@@ -69,6 +75,12 @@ class Recipe:
             raise ValueError("student: needs a teacher section")
         if self.scratch and not self.student:
             raise ValueError("scratch: needs a student section, whose size, steps and batches it takes")
+        for task, config in self.tasks.items():
+            if config.source in TOKEN_SOURCES and not self.tokenizer.folder:
+                raise ValueError(
+                    f"tasks.{task}.source: '{config.source}' are tokens; give their tokenizer as"
+                    " tokenizer.folder"
+                )
         if not self.tokenizer.folder and self.data.image_size % self.tokenizer.factor:
             raise ValueError(
                 f"data.image_size: {self.data.image_size} is not a multiple of the tokenizer's downsampling"

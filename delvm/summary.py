@@ -1,10 +1,12 @@
 """A run -> what is said of it: the plan before it, the page and the numbers after it."""
 
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from delvm import llama
 from delvm import recipe as recipes
-from delvm.chain import Run, num_samples
+from delvm.chain import Run
 from delvm.console import console, show_plan, show_scores, table
 from delvm.evaluate.prompting import load_pictures
 from delvm.evaluate.report import Report, render
@@ -18,16 +20,17 @@ def dry_run(run: Run) -> None:
     Raises:
         UserError: what `Run.fit` would refuse.
     """
-    run.open_data(run.index())
+    with TemporaryDirectory() as folder:
+        run.open_data(run.index(Path(folder)), Path(folder))
     for task, entry in run.manifest.items():
-        train, held_out = (num_samples(entry[split]) for split in ("train", "validation"))
-        console.print(f"{task}: {train} training, {held_out} held-out pairs")
-    show_plan(run.balance())
+        form, counts = run.forms[task], f"{entry['train']} training, {entry['validation']} held-out samples"
+        console.print(f"{task}: {counts}; {form.kind}: {form.images} pictures, {form.length} tokens")
+    show_plan(run.balance)
     rows = []
     for role in run.models:
         config = run.model_config(role)
         per_step = config.batch_size * run.length
-        parameters = llama.num_parameters(config.size, run.num_codes + 2)
+        parameters = llama.num_parameters(config.size, run.vocabulary)
         rows.append((role, config.size, parameters, config.steps, per_step, per_step * config.steps))
     table("models", ["model", "size", "parameters", "steps", "tokens a step", "tokens"], rows)
     tokenizer = run.recipe.tokenizer
@@ -37,8 +40,8 @@ def dry_run(run: Run) -> None:
         console.print(f"tokenizer: {sizes}")
     else:
         console.print(f"tokenizer: {tokenizer.folder}")
-    pairs = run.recipe.sentences.pairs
-    console.print(f"sentences: {pairs} pairs, {run.length} tokens, {run.num_codes} codes and BOS, EOS")
+    ends = " and BOS, EOS" if run.recipe.sentences.specials else ""
+    console.print(f"rows: {run.length} tokens, {run.num_codes} codes{ends}")
     keys: dict[str, str] = {}
     for stage in run.stages():
         keys[stage.name] = stage_key(stage, keys)
@@ -50,8 +53,8 @@ def conclude(run: Run) -> None:
     """Write `metrics.json` and `report.html` of a run that has ended, and print its last table."""
     stages = {stage.name: record(run.dir / stage.name) for stage in run.stages()}
     result = {
-        "balance": run.balance(),
-        "skipped": run.metrics["data"],
+        "balance": run.balance,
+        "data": run.metrics["data"],
         "tokenizer": run.metrics["tokenizer"],
         "evaluate": run.metrics.get("evaluate", {}),
         "seconds": {name: entry["seconds"] for name, entry in stages.items()},
@@ -72,7 +75,7 @@ def report(run: Run, result: dict) -> Report:
         points = json.loads((run.dir / role / "curve.json").read_text())
         curves[role] = [(point["step"], point["ce"]) for point in points]
         config = run.model_config(role)
-        parameters = llama.num_parameters(config.size, run.num_codes + 2)
+        parameters = llama.num_parameters(config.size, run.vocabulary)
         facts.append((role, f"{config.size}: {parameters / 1e6:.2f}M parameters, {config.steps} steps"))
     pictures = load_pictures(run.dir / "evaluate" / "pictures")
     drawn = run.recipe.prompting

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -84,7 +84,7 @@ class InOrder(Sampler[int]):
 class Shuffled(Dataset):
     """`num_items` items of a data set, epoch after epoch, each in a random order of its own.
 
-    Item i depends on the seed and i alone.
+    Item i depends on the seed and i alone. Items are stacks of pictures, (number, ...), any number in each.
     """
 
     def __init__(self, dataset: Sized, num_items: int, seed: int) -> None:
@@ -100,6 +100,11 @@ class Shuffled(Dataset):
             self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
             self._epoch = epoch
         return self.dataset[int(self._order[place])]  # type: ignore[index]
+
+    @staticmethod
+    def collate(items: Sequence[torch.Tensor]) -> torch.Tensor:
+        """All pictures of the items, (sum of their numbers, ...)."""
+        return torch.cat(list(items))
 
 
 class Progress(pl.Callback):
@@ -209,7 +214,8 @@ def train(
 
     Args:
         module: its `training_step` returns a dict of scalars.
-        dataset: map-style, `steps * batch_size` items; item i depends on i alone.
+        dataset: map-style, `steps * batch_size` items; item i depends on i alone. Its `collate`, if
+            it has one, makes the batches.
         name: shown on the bar and in TensorBoard.
         clip: norm at which the gradient is clipped.
         folder: where checkpoints go; one that is there is gone on from. `discard_checkpoint` ends it.
@@ -231,6 +237,7 @@ def train(
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
         worker_init_fn=_leave_stopping_to_us,
+        collate_fn=getattr(dataset, "collate", None),  # a data set may make its batches itself
         # its own generator: the loader must not draw from the state that a restart restores
         generator=torch.Generator().manual_seed(0),
     )

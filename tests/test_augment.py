@@ -12,11 +12,16 @@ from delvm.images.augment import (
     compose,
     joint_colour,
     swap_colours,
-    view,
 )
+from delvm.images.augment import view as view_sample
 from delvm.images.scenes import Scenes
 
 SHAPES = [(64, 64), (214, 320), (320, 214), (33, 47), (600, 410)]
+
+
+def view(image: np.ndarray, annotation: np.ndarray, **settings) -> list[np.ndarray]:
+    """A view of a pair."""
+    return view_sample([image, annotation], (False, True), **settings)
 
 
 def coordinates(shape: tuple[int, int]) -> np.ndarray:
@@ -178,17 +183,46 @@ def test_pose_views_keep_the_left_colour_on_the_left(shape):
         assert out[..., 1].max() <= 85
 
 
-def test_transforms_are_built_once():
-    assert compose("crops", 32, True, False, OPENPOSE_COLOURS) is compose(
-        "crops", 32, True, False, OPENPOSE_COLOURS
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name not in ("segmentation", "pose")])
+@pytest.mark.parametrize("flags", [(False, True, True), (False, False), (False, True, False, True)])
+def test_all_pictures_of_a_sample_move_together(policy, flags):
+    # coordinates in every picture: where a pixel came from is the same in all, whatever their role
+    sample = [coordinates((96, 64)) for _ in flags]
+    for i in range(8):
+        out = view_sample(sample, flags, policy=policy, size=32, nearest=False, seed=(i,))
+        assert len(out) == len(flags)
+        for picture in out[1:]:
+            # geometry in one annotation and one image may round differently by a level
+            assert np.abs(picture.astype(int) - out[0]).max() <= 2
+
+
+@pytest.mark.parametrize("policy", ["segmentation", "pose"])
+def test_frames_of_a_clip_get_the_same_colours(policy):
+    sample = [coordinates((64, 64)), np.zeros((64, 64, 3), np.uint8)] * 3
+    for i in range(8):
+        out = view_sample(sample, (False, True) * 3, policy=policy, size=32, nearest=True, seed=(i,))
+        for frame in (2, 4):
+            assert (out[frame] == out[0]).all()
+            assert not out[frame + 1].any()
+
+
+def test_one_picture_alone_can_be_viewed():
+    (out,) = view_sample(
+        [coordinates((64, 64))], (False,), policy="restoration", size=32, nearest=False, seed=(3,)
     )
+    assert out.shape == (32, 32, 3)
+
+
+def test_transforms_are_built_once():
+    first = compose("crops", 32, True, False, OPENPOSE_COLOURS, (False, True))
+    assert compose("crops", 32, True, False, OPENPOSE_COLOURS, (False, True)) is first
 
 
 def test_bad_arguments():
     picture = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(ValueError, match=r"policy: 'crop' is unknown; choices: none, crops, geometric"):
         view(picture, picture, policy="crop", size=32, nearest=False, seed=(0,))
-    with pytest.raises(ValueError, match="both must be one"):
+    with pytest.raises(ValueError, match=r"\[\(64, 64, 3\), \(32, 64, 3\)\]: all must be one"):
         view(picture, picture[:32], policy="crops", size=32, nearest=False, seed=(0,))
     with pytest.raises(ValueError, match=r"'restoration' changes labels' colours.*choices: none, crops"):
         view(picture, picture, policy="restoration", size=32, nearest=True, seed=(0,))

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from delvm import chain, fit, llama, recipe
 from delvm.evaluate import likelihood
+from delvm.images import augment
+from delvm.images.listing import Entries
 from delvm.images.sources import held_out
 from delvm.tokenizer import Tokenizer
-from delvm.tokens import sentences
+from delvm.tokens import formats, sentences
 from delvm.tokens.store import open_store
 from tools.check_run import check
 
@@ -40,6 +43,13 @@ def copy(finished, tmp_path):
     """The finished run in a folder of its own, free to be changed: (recipe file, run folder)."""
     shutil.copytree(finished / "run", tmp_path / "copy")
     return finished / "micro.yaml", tmp_path / "copy"
+
+
+def opened(finished):
+    """The finished run, its data opened."""
+    work = chain.Run(recipe.load(finished / "micro.yaml", [f"run_dir={finished / 'run'}"]))
+    work.open_data(json.loads((work.dir / "data" / "manifest.json").read_text()), work.dir / "data")
+    return work
 
 
 def again(copy, *overrides, capsys):
@@ -68,39 +78,38 @@ def test_the_saved_recipe_is_the_one_that_ran(finished):
 
 
 def test_balance(metrics, run):
-    train = json.loads((run / "data" / "manifest.json").read_text())["grey"]["train"]
     stems = [str(number) for number in range(10) if not held_out(str(number), 0.4, 0)]
-    assert [name for name, *_ in train] == stems
+    assert [name for name, *_ in Entries(run / "data" / "grey.train")] == stems
+    assert json.loads((run / "data" / "manifest.json").read_text())["grey"]["train"] == len(stems)
     # 2 pictures a pair, (16 / 4)**2 tokens a picture
-    expected = {}
-    for task, samples in (("segmentation", 12), ("pose", 4), ("grey", len(stems))):
-        views = round(12 / samples)
-        expected[task] = {
-            "samples": samples, "views": views, "repeats": 1,
-            "tokens_before": 32 * samples, "tokens_after": 32 * samples * views,
+    counts = {"segmentation": 12, "pose": 4, "grey": len(stems)}
+    draws = {task: samples * round(12 / samples) for task, samples in counts.items()}
+    for task, samples in counts.items():
+        assert metrics["balance"][task] == {
+            "samples": samples, "views": draws[task] // samples, "draws": draws[task],
+            "tokens_before": 32 * samples, "tokens_after": 32 * draws[task],
+            "target": pytest.approx(1 / 3), "share": pytest.approx(draws[task] / sum(draws.values())),
         }  # fmt: skip
-    assert metrics["balance"] == expected
-    assert metrics["skipped"] == dict.fromkeys(TASKS, 0)
+    assert metrics["data"] == {task: {"skipped": 0, "dropped": 0} for task in TASKS}
 
 
 def test_the_grids_are_the_codes_of_the_views(finished, run):
-    work = chain.Run(recipe.load(finished / "micro.yaml", [f"run_dir={run}"]))
-    work.open_data(json.loads((run / "data" / "manifest.json").read_text()))
+    work = opened(finished)
     tokenizer, store = Tokenizer.load(run / "tokenizer"), open_store(run / "tokens")
     assert store.manifest["tokenizer"] == tokenizer.hash
     for split in ("train", "validation"):
         for task, views in work.views(split).items():
             grid = store.grids[split][task]
-            assert grid.shape == (len(views.source), views.num_views, 2, 16)
+            assert grid.shape == (len(views.samples), views.num_views, 2, 16)
             picture = views[len(views) - 1].permute(0, 3, 1, 2).float() / 255
-            np.testing.assert_array_equal(grid[-1, -1], tokenizer.encode(picture).numpy())
+            last = grid.gather(np.array(grid.shape[0] - 1), np.array(grid.shape[1] - 1))
+            np.testing.assert_array_equal(last, tokenizer.encode(picture).numpy())
 
 
-def test_scores_are_those_of_the_saved_models_on_held_out_sentences(metrics, run):
-    store = open_store(run / "tokens")
-    config = sentences.SentencesConfig(pairs=2, validation=5)
-    held = sentences.validation_sentences(store, config, 0)
-    roles = sentences.roles(2, 16)
+def test_scores_are_those_of_the_saved_models_on_held_out_sentences(metrics, run, finished):
+    store, forms = open_store(run / "tokens"), opened(finished).forms
+    held = sentences.validation_sentences(store, forms, 5, 0)
+    roles = {task: form.roles for task, form in forms.items()}
     for role in chain.ROLES:
         model = AutoModelForCausalLM.from_pretrained(run / role)
         expected = likelihood.evaluate(model, held, roles)
@@ -254,7 +263,7 @@ def test_a_tokenizer_of_ones_own(finished, tmp_path, capsys):
     assert fit.run(finished / "micro.yaml", overrides) == 0
     assert Tokenizer.load(tmp_path / "run" / "tokenizer").hash == Tokenizer.load(own).hash
     for task in TASKS:
-        name = f"tokens/{task}.train.npy"
+        name = f"tokens/{task}.train/00000.npy"
         assert (tmp_path / "run" / name).read_bytes() == (finished / "run" / name).read_bytes()
     # another tokenizer in its place is noticed
     tokenizer = Tokenizer.load(own)
@@ -266,3 +275,165 @@ def test_a_tokenizer_of_ones_own(finished, tmp_path, capsys):
     assert (
         capsys.readouterr().err == f"error: tokenizer.folder: '{own}' is for 16 px, data.image_size is 32\n"
     )
+
+
+# --- tasks of every kind in one run ---
+
+MIXED = """
+data: {{image_size: 16}}
+tasks:
+  colour: {{images: {root}/photos, make: colour, validation_fraction: 0.4}}
+  classes: {{source: classes, images: {root}/classes, validation_fraction: 0.4}}
+  clips: {{source: video, images: {root}/clips, annotations: {root}/masks, frames: 3, stride: 1,
+           nearest: true, validation_fraction: 0.5}}
+  kinds: {{images: {root}/photos, annotations: {root}/grey, more_annotations: {{dark: {root}/dark}},
+          validation_fraction: 0.4}}
+tokenizer:
+  {{num_codes: 16, code_dim: 4, channels: 32, steps: 2, batch_size: 12, min_codes_used: 0, min_psnr: 0}}
+sentences:
+  {{pairs: 2, validation: 3, kinds: {{classes: category}}, shots: {{classes: 4}}, per_class: 2, length: 80}}
+teacher: {{size: micro, steps: 4, batch_size: 2, learning_rate: 1.0e-3}}
+prompting: {{pictures: 1}}
+trainer: {{accelerator: cpu}}
+"""
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Photographs, classes, clips with masks, two kinds of annotation: `mixed.yaml`, its finished `run`."""
+    root = tmp_path_factory.mktemp("mixed")
+    rng = np.random.default_rng(0)
+
+    def save(name, picture):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).resize((24, 20), 0).save(root / name)
+
+    for number in range(12):
+        photo = rng.integers(256, size=(5, 6, 3)).astype(np.uint8)
+        save(f"photos/{number}.png", photo)
+        save(f"grey/{number}.png", photo.mean(axis=-1).astype(np.uint8))
+        save(f"dark/{number}.png", photo // 3)
+        save(f"classes/{'ab'[number % 2]}/{number}.png", 255 - photo)
+        for frame in range(4):
+            moved = rng.integers(256, size=(5, 6, 3)).astype(np.uint8)
+            save(f"clips/{number}/{frame}.png", moved)
+            save(f"masks/{number}/{frame}.png", (moved > 128).astype(np.uint8) * 255)
+    (root / "mixed.yaml").write_text(MIXED.format(root=root))
+    assert fit.run(root / "mixed.yaml", [f"run_dir={root / 'run'}"]) == 0
+    return root
+
+
+def test_tasks_of_every_kind_go_through_one_run(mixed):
+    run = mixed / "run"
+    work = chain.Run(recipe.load(mixed / "mixed.yaml", [f"run_dir={run}"]))
+    work.open_data(json.loads((run / "data" / "manifest.json").read_text()), run / "data")
+    # 16 tokens a picture, BOS and EOS; 3 frames with a mask each; 2 samples of 3 pictures
+    assert {task: (form.kind, form.length) for task, form in work.forms.items()} == {
+        "colour": ("pairs", 66), "classes": ("category", 66), "clips": ("interleaved", 98),
+        "kinds": ("annotations", 98),
+    }  # fmt: skip
+    assert work.length == 80
+    metrics = json.loads((run / "metrics.json").read_text())
+    scores = metrics["evaluate"]["teacher"]
+    assert "annotation_loss" not in scores["classes"]
+    assert all("annotation_loss" in scores[task] for task in ("colour", "clips", "kinds"))
+    pictures = {path.name: sorted(p.stem[7:] for p in path.iterdir()) for path in
+                (run / "evaluate" / "pictures").iterdir()}  # fmt: skip
+    assert pictures["colour"] == sorted(["example", "annotation", "query", "truth", "teacher"])
+    assert pictures["classes"] == sorted(["image"] * 3 + ["truth", "teacher"])
+    assert pictures["clips"] == sorted(["example", "annotation"] * 2 + ["query", "truth", "teacher"])
+    assert len(pictures["kinds"]) == 7
+    assert llama.load(run / "teacher").config.max_position_embeddings == 98
+
+
+def test_made_annotations_reach_the_grid(mixed):
+    run = mixed / "run"
+    tokenizer, store = Tokenizer.load(run / "tokenizer"), open_store(run / "tokens")
+    name = Entries(run / "data" / "colour.validation")[0][0]
+    picture = np.asarray(Image.open(mixed / "photos" / f"{name}.png"))
+    # the photograph scaled and cut to its centre is the annotation of view 0
+    (centre,) = augment.view([picture], (False,), policy="none", size=16, nearest=False, seed=(0,))
+    codes = tokenizer.encode(torch.from_numpy(centre).permute(2, 0, 1)[None] / 255)
+    zero = np.array(0)
+    np.testing.assert_array_equal(store.grids["validation"]["colour"].gather(zero, zero)[1], codes[0])
+
+
+def test_sentences_of_several_lengths_need_rows(mixed, capsys):
+    assert fit.run(mixed / "mixed.yaml", ["sentences.length=0", f"run_dir={mixed / 'other'}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: sentences.length: needed, the tasks' sentences differ in length:"
+        " colour 66, classes 66, clips 98, kinds 98"
+    )
+    assert not (mixed / "other").exists()
+
+
+def test_a_stopped_encoding_goes_on_from_its_whole_shards(mixed, tmp_path, capsys):
+    shutil.copytree(mixed / "run", tmp_path / "run")
+    tokens, partial = tmp_path / "run" / "tokens", tmp_path / "run" / ".tokens.partial"
+    expected = {path.relative_to(tokens): path.read_bytes() for path in tokens.rglob("*.npy")}
+    tokens.rename(partial)
+    (partial / "manifest.json").unlink()
+    (partial / "kinds.train" / "00000.npy").unlink()
+    record = json.loads((partial / "stage.json").read_text())
+    del record["metrics"]
+    (partial / "stage.json").write_text(json.dumps(record))
+    written = (partial / "colour.train" / "00000.npy").stat().st_mtime_ns
+    assert fit.run(mixed / "mixed.yaml", [f"run_dir={tmp_path / 'run'}"]) == 0
+    assert "teacher: unchanged, reused" in capsys.readouterr().out
+    found = {path.relative_to(tokens): path.read_bytes() for path in tokens.rglob("*.npy")}
+    assert found == expected
+    assert (tokens / "colour.train" / "00000.npy").stat().st_mtime_ns == written
+
+
+TOKENS = """
+data: {{image_size: 16}}
+tasks:
+  pairs: {{source: delvm, images: {root}/delvm, validation_fraction: 0.4}}
+  clips: {{source: lvm, images: {root}/lvm.jsonl, validation_images: {root}/held.jsonl}}
+tokenizer: {{folder: {tokenizer}}}
+sentences: {{pairs: 2, validation: 3, specials: false, length: 64, boundaries: run_on}}
+teacher: {{size: micro, steps: 2, batch_size: 2, learning_rate: 1.0e-3}}
+prompting: {{pictures: 1}}
+trainer: {{accelerator: cpu}}
+"""
+
+
+def test_tokens_of_other_projects_train_without_pictures(mixed, tmp_path, capsys):
+    lines = np.random.default_rng(0).integers(16, size=(12, 2 * 16))
+    formats.write_delvm(tmp_path / "delvm", list(lines))
+    formats.write_lvm(
+        tmp_path / "lvm.jsonl", [np.concatenate(pair) for pair in zip(lines, lines, strict=True)]
+    )
+    formats.write_lvm(tmp_path / "held.jsonl", [np.concatenate(lines[:2])])
+    file = tmp_path / "tokens.yaml"
+    file.write_text(TOKENS.format(root=tmp_path, tokenizer=mixed / "run" / "tokenizer"))
+    assert fit.run(file, [f"run_dir={tmp_path / 'run'}"]) == 0
+    assert "tasks.pairs: tokens have no views, shown 2 times instead" in capsys.readouterr().out
+    store = open_store(tmp_path / "run" / "tokens")
+    held = [held_out(str(number), 0.4, 0) for number in range(1, 13)]
+    for split, side in (("train", False), ("validation", True)):
+        rows = lines[np.array(held) == side]
+        places = np.arange(len(rows))
+        np.testing.assert_array_equal(
+            store.grids[split]["pairs"].gather(places, 0 * places).reshape(len(rows), -1), rows
+        )
+    assert store.grids["validation"]["clips"].shape == (1, 1, 4, 16)
+    model = llama.load(tmp_path / "run" / "teacher")
+    assert (model.config.vocab_size, model.config.bos_token_id) == (16, None)
+    shown = sorted(path.name for path in (tmp_path / "run" / "evaluate" / "pictures" / "clips").iterdir())
+    assert shown == ["000-00-image.png", "000-01-image.png", "000-02-image.png", "000-03-truth.png",
+                     "000-04-teacher.png"]  # fmt: skip
+
+
+def test_tokens_need_their_tokenizer(mixed, tmp_path, capsys):
+    formats.write_lvm(tmp_path / "lvm.jsonl", [np.full(64, 16)] * 9)
+    file = tmp_path / "tokens.yaml"
+    text = TOKENS.format(root=tmp_path, tokenizer=mixed / "run" / "tokenizer")
+    file.write_text("\n".join(line for line in text.splitlines() if "  pairs:" not in line))
+    assert fit.run(file, [f"run_dir={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/lvm.jsonl, line 1: code 16, the tokenizer has 16\n"
+    assert fit.run(file, [f"run_dir={tmp_path / 'run'}", "tokenizer.folder=''"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {file}: tasks.clips.source: 'lvm' are tokens; give their tokenizer as tokenizer.folder\n"
+    )
+    assert not (tmp_path / "run").exists()

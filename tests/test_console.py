@@ -8,8 +8,8 @@ from delvm import console
 from delvm.console import show_plan, show_scores, table
 from delvm.tokens.balance import BalanceConfig, plan, summary
 
-PAIR = 2 * 64  # image tokens of a pair of the quickstart
 QUICKSTART = {"segmentation": 850, "deraining": 100, "pose": 50}
+PAIR = dict.fromkeys(QUICKSTART, 2 * 64)  # image tokens of a pair of the quickstart
 MODELS = ["teacher", "scratch", "student"]
 
 
@@ -65,15 +65,15 @@ def test_a_table_without_rows(printed):
 
 
 def test_the_plan_of_the_quickstart(printed):
-    plans = plan(QUICKSTART, BalanceConfig())
+    plans = plan(QUICKSTART, PAIR, BalanceConfig())
     lines = printed(show_plan, summary(plans, PAIR))
     assert lines[0].rstrip() == "balance"
     assert _rows(lines) == (
-        ["task", "samples", "views", "rep.", "tokens", "", "after", ""],
+        ["task", "samples", "views", "drawn", "tokens", "", "after", ""],
         [
-            ["segmentation", "850", "1", "1", "108,800", "85%", "108,800", "34%"],
-            ["deraining", "100", "8", "1", "12,800", "10%", "102,400", "32%"],
-            ["pose", "50", "17", "1", "6,400", "5%", "108,800", "34%"],
+            ["segmentation", "850", "1", "850", "108,800", "85%", "108,800", "34%"],
+            ["deraining", "100", "8", "800", "12,800", "10%", "102,400", "32%"],
+            ["pose", "50", "17", "850", "6,400", "5%", "108,800", "34%"],
         ],
     )
 
@@ -81,18 +81,20 @@ def test_the_plan_of_the_quickstart(printed):
 @pytest.mark.parametrize(
     ("strategy", "expected"),
     [
-        ("resample", ["100", "1", "8", "12,800", "10%", "102,400", "32%"]),
-        ("none", ["100", "1", "1", "12,800", "10%", "12,800", "10%"]),
+        ("resample", ["100", "1", "800", "12,800", "10%", "102,400", "32%"]),
+        ("none", ["100", "1", "100", "12,800", "10%", "12,800", "10%"]),
     ],
 )
 def test_the_plan_of_other_strategies(printed, strategy, expected):
-    plans = plan(QUICKSTART, BalanceConfig(strategy=strategy))
+    plans = plan(QUICKSTART, PAIR, BalanceConfig(strategy=strategy))
     assert _rows(printed(show_plan, summary(plans, PAIR)))[1][1] == ["deraining", *expected]
 
 
 def test_one_task_has_every_token(printed):
-    lines = printed(show_plan, summary(plan({"pose": 3}, BalanceConfig(head_views=4)), 10))
-    assert _rows(lines)[1] == [["pose", "3", "4", "1", "30", "100%", "120", "100%"]]
+    tokens = {"pose": 10}
+    plans = plan({"pose": 3}, tokens, BalanceConfig(head_views=4))
+    lines = printed(show_plan, summary(plans, tokens))
+    assert _rows(lines)[1] == [["pose", "3", "4", "12", "30", "100%", "120", "100%"]]
 
 
 def test_scores_by_task_and_model(printed):
@@ -125,8 +127,9 @@ def test_scores_by_task_and_model(printed):
 def test_three_tasks_and_three_models_fit_into_80_columns(printed):
     worst = _scores(9.011, 0.123, 8192.0, 9.011, 0.987, 8192.0)  # 8192 codes, nothing learnt
     scores = {model: dict.fromkeys(QUICKSTART, worst) for model in MODELS}
+    large = dict.fromkeys(QUICKSTART, 2 * 256)
     plans = {
-        strategy: summary(plan(QUICKSTART, BalanceConfig(strategy=strategy)), 2 * 256)
+        strategy: summary(plan(QUICKSTART, large, BalanceConfig(strategy=strategy)), large)
         for strategy in ("augment", "resample")
     }
     for function, argument, num_rows in (

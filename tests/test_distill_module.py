@@ -72,6 +72,77 @@ def test_the_gradient_on_the_student_is_that_of_the_formula():
         torch.testing.assert_close(found.grad.double(), expected.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
+# --- packed rows: several sentences in one, each with positions of its own
+
+SIZES = (6, 8)
+
+
+def _packed():
+    """A row of two sentences, its labels without their first tokens, its positions; and the sentences."""
+    tokens = _tokens(1)
+    labels, positions = tokens.clone(), torch.cat([torch.arange(size) for size in SIZES])[None]
+    labels[positions == 0] = -100
+    return {"tokens": tokens, "labels": labels, "positions": positions}, tokens.split(SIZES, dim=1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_packed_row_teaches_what_its_sentences_teach_alone(attention):
+    row, sentences = _packed()
+    packed, alone = (_module(temperature=2.0) for _ in range(2))
+    for module in (packed, alone):
+        module.double()
+        module.teacher.double()
+        for model in (module.model, module.teacher):
+            model.set_attn_implementation(attention)
+    found = packed.training_step(row)
+    found["loss"].backward()
+    expected = dict.fromkeys(found, 0.0)
+    for sentence in sentences:
+        share = (sentence.shape[1] - 1) / (sum(SIZES) - len(SIZES))
+        parts = alone.training_step({"tokens": sentence})
+        (share * parts["loss"]).backward()
+        expected = {key: value + share * parts[key].item() for key, value in expected.items()}
+    assert found["kd"].item() > 0.01  # else the test would see nothing
+    for key, value in expected.items():  # CE and KD are taken in float32
+        assert found[key].item() == pytest.approx(value, rel=1e-5), key
+    for (name, one), two in zip(packed.model.named_parameters(), alone.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_neither_student_nor_teacher_sees_the_sentence_before():
+    row, _ = _packed()
+    module = _module(ce_weight=0.0)
+    other = row["tokens"].clone()
+    other[:, : SIZES[0]] = (other[:, : SIZES[0]] + 1) % VOCAB
+    labels = row["labels"].clone()
+    labels[:, : SIZES[0]] = -100  # the second sentence alone is learnt
+    rows = [{**row, "tokens": tokens, "labels": labels} for tokens in (row["tokens"], other)]
+    one, two = (module.training_step(packed)["kd"] for packed in rows)
+    assert torch.equal(one, two)
+    # run on, and both see it
+    for packed in rows:
+        del packed["positions"]
+    one, two = (module.training_step(packed)["kd"].item() for packed in rows)
+    assert abs(one - two) > 1e-3
+
+
+def test_labels_choose_what_is_learnt_from_label_and_teacher():
+    module, tokens = _module(), _tokens()
+    labels = tokens.clone()
+    labels[:, 5:9] = -100
+    found = module.training_step({"tokens": tokens, "labels": labels})
+    with torch.no_grad():
+        student, teacher = (m(tokens[:, :-1]).logits.double().numpy() for m in (module.model, module.teacher))
+    s, t = _log_softmax(student), _log_softmax(teacher)
+    kept = (labels[:, 1:] != -100).numpy()
+    ce = -np.take_along_axis(s, tokens[:, 1:].numpy()[..., None], -1)[..., 0]
+    kd = (np.exp(t) * (t - s)).sum(-1)
+    assert kept.sum() == 4 * 9
+    assert found["ce"].item() == pytest.approx(ce[kept].mean(), rel=1e-5)
+    assert found["kd"].item() == pytest.approx(kd[kept].mean(), rel=1e-4)
+    assert abs(kd[kept].mean() - kd.mean()) > 1e-3
+
+
 def test_without_kd_the_student_learns_as_in_pretraining():
     tokens = _tokens()
     distill = _module(kd_weight=0.0)

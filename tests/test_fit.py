@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from delvm import fit, llama
+from delvm.images.listing import Entries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -91,7 +92,7 @@ def test_no_recipe_is_a_usage_error(capsys):
         ("student.steps=0", "{recipe}: student.steps: 0 must be at least 1"),
         (
             "balance.strategy=more",
-            "{recipe}: balance.strategy: 'more' is unknown; choices: none, resample, augment",
+            "{recipe}: balance.strategy: 'more' is unknown; choices: none, resample, augment, mixture",
         ),
         (
             "student.divergence=kl",
@@ -138,7 +139,7 @@ def test_an_unreadable_picture(capfd, micro, pairs, content):
     file.write_bytes(content)
     line = refused(capfd, micro)
     assert line.startswith(f"{file}: unreadable picture (")
-    assert line.endswith("; data.unreadable=skip leaves such pairs out")
+    assert line.endswith("; data.unreadable=skip leaves such samples out")
     # a dry run says the same
     assert refused(capfd, micro, "--dry-run") == line
 
@@ -148,11 +149,13 @@ def test_unreadable_pictures_skipped(capfd, micro, pairs):
     overrides = ["data.unreadable=skip", "student=null", "scratch=null", "teacher=null", "tokenizer.steps=1"]
     run_dir = micro.parent / "run"
     assert fit.main([str(micro), f"run_dir={run_dir}", *overrides]) == 0
-    assert f"skipped: {pairs}/images/5.jpg: unreadable picture" in capfd.readouterr().out
+    assert f"left out: {pairs}/images/5.jpg: unreadable picture" in capfd.readouterr().out
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    assert metrics["skipped"] == {"segmentation": 0, "pose": 0, "grey": 1}
-    manifest = json.loads((run_dir / "data" / "manifest.json").read_text())
-    names = [name for split in ("train", "validation") for name, *_ in manifest["grey"][split]]
+    assert {task: entry["skipped"] for task, entry in metrics["data"].items()} == {
+        "segmentation": 0, "pose": 0, "grey": 1,
+    }  # fmt: skip
+    splits = ("train", "validation")
+    names = [name for split in splits for name, *_ in Entries(run_dir / "data" / f"grey.{split}")]
     assert sorted(names) == [str(number) for number in range(10) if number != 5]
 
 
@@ -163,7 +166,10 @@ def test_a_picture_trained_on_and_held_out(capfd, micro, pairs):
         f"tasks.grey.validation_images={pairs}/images",
         f"tasks.grey.validation_annotations={pairs}/annotations",
     )
-    assert line == f"tasks.grey: held out, but tasks.grey trains on it: {pairs}/images/0.jpg"
+    assert line == (
+        "tasks.grey: no training samples left, all are held out too:"
+        " tasks.grey: '0' is nearly '0' held out by tasks.grey"
+    )
 
 
 def test_a_picture_gone_bad_leaves_a_finished_run_as_it_was(capfd, finished, micro, pairs):
@@ -175,7 +181,7 @@ def test_a_picture_gone_bad_leaves_a_finished_run_as_it_was(capfd, finished, mic
 
 def test_too_few_held_out_pictures(capfd, micro):
     line = refused(capfd, micro, "tasks.pose.validation_samples=1")
-    assert line == "tasks.pose: 1 held-out samples, sentences.pairs asks for 2"
+    assert line == "tasks.pose: 1 held-out samples, a sentence shows 2"
     assert refused(capfd, micro, "tasks.pose.validation_samples=1", "--dry-run") == line
 
 

@@ -10,6 +10,7 @@ from delvm.tokens.sentences import ANNOTATION, IMAGE, SPECIAL
 
 # BOS image(3) annotation(3) image(3) annotation(3) EOS
 ROLES = torch.tensor([SPECIAL] + ([IMAGE] * 3 + [ANNOTATION] * 3) * 2 + [SPECIAL], dtype=torch.int8)
+EACH = {"a": ROLES, "b": ROLES, "pose": ROLES, "edges": ROLES}
 BOS, EOS = 20, 21
 
 
@@ -56,7 +57,7 @@ def _reference(model, ids):
 
 def test_equals_the_definition_in_float64(model):
     sentences = {"pose": _sentences(7), "edges": _sentences(5, seed=1)}
-    found = evaluate(model, sentences, ROLES, batch_size=3)
+    found = evaluate(model, sentences, EACH, batch_size=3)
     assert list(found) == ["pose", "edges"]
     for task, ids in sentences.items():
         expected = _reference(model, ids)
@@ -70,8 +71,8 @@ def test_equals_the_definition_in_float64(model):
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_batch_size_changes_nothing(model, batch_size):
     ids = _sentences(7)
-    whole = evaluate(model, {"a": ids}, ROLES, batch_size=7)["a"]
-    split = evaluate(model, {"a": ids}, ROLES, batch_size=batch_size)["a"]
+    whole = evaluate(model, {"a": ids}, EACH, batch_size=7)["a"]
+    split = evaluate(model, {"a": ids}, EACH, batch_size=batch_size)["a"]
     assert split == pytest.approx(whole, rel=1e-6)
 
 
@@ -79,7 +80,7 @@ def test_uniform_model_scores_the_logarithm_of_the_vocabulary(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    metrics = evaluate(model, {"a": _sentences(4)}, ROLES)["a"]
+    metrics = evaluate(model, {"a": _sentences(4)}, EACH)["a"]
     assert metrics["loss"] == pytest.approx(math.log(22), rel=1e-6)
     assert metrics["perplexity"] == pytest.approx(22, rel=1e-5)
 
@@ -88,16 +89,16 @@ def test_what_follows_the_last_code_does_not_count(model):
     ids = _sentences(4)
     other = ids.clone()
     other[:, -1] = 3  # instead of EOS
-    assert evaluate(model, {"a": ids}, ROLES) == evaluate(model, {"a": other}, ROLES)
+    assert evaluate(model, {"a": ids}, EACH) == evaluate(model, {"a": other}, EACH)
 
 
 def test_annotation_metrics_see_annotation_targets_alone(model):
     ids = _sentences(4)
-    before = evaluate(model, {"a": ids}, ROLES)["a"]
+    before = evaluate(model, {"a": ids}, EACH)["a"]
     # the last annotation's code: nothing after it counts, so only annotation_* and the totals may move
     other = ids.clone()
     other[:, 12] = (other[:, 12] + 1) % 20
-    after = evaluate(model, {"a": other}, ROLES)["a"]
+    after = evaluate(model, {"a": other}, EACH)["a"]
     assert after["annotation_loss"] != before["annotation_loss"]
     image_before = 2 * before["loss"] - before["annotation_loss"]
     image_after = 2 * after["loss"] - after["annotation_loss"]
@@ -106,23 +107,24 @@ def test_annotation_metrics_see_annotation_targets_alone(model):
 
 def test_sentences_without_annotations_have_no_annotation_metrics(model):
     roles = torch.where(ROLES == ANNOTATION, IMAGE, ROLES)
-    assert list(evaluate(model, {"a": _sentences(2)}, roles)["a"]) == ["loss", "accuracy", "perplexity"]
+    found = evaluate(model, {"a": _sentences(2)}, {"a": roles})["a"]
+    assert list(found) == ["loss", "accuracy", "perplexity"]
 
 
 def test_the_model_is_left_as_it_was(model):
     model.train()
     before = torch.random.get_rng_state()
-    evaluate(model, {"a": _sentences(2)}, ROLES)
+    evaluate(model, {"a": _sentences(2)}, EACH)
     assert model.training
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert torch.equal(before, torch.random.get_rng_state())
     model.eval()
-    evaluate(model, {"a": _sentences(2)}, ROLES)
+    evaluate(model, {"a": _sentences(2)}, EACH)
     assert not model.training
 
 
 def test_a_bfloat16_model_is_scored_in_float32(model):
-    found = evaluate(model.to(torch.bfloat16), {"a": _sentences(8)}, ROLES)["a"]
+    found = evaluate(model.to(torch.bfloat16), {"a": _sentences(8)}, EACH)["a"]
     assert found["loss"] == pytest.approx(_reference(model, _sentences(8))["loss"], rel=0.02)
     # a bfloat16 mean would lie on a grid of 1/64 at this size
     assert found["loss"] * 64 != pytest.approx(round(found["loss"] * 64), abs=1e-6)
@@ -130,7 +132,7 @@ def test_a_bfloat16_model_is_scored_in_float32(model):
 
 def test_progress_counts_sentences(model):
     seen = []
-    evaluate(model, {"a": _sentences(5), "b": _sentences(2)}, ROLES, batch_size=2, progress=seen.append)
+    evaluate(model, {"a": _sentences(5), "b": _sentences(2)}, EACH, batch_size=2, progress=seen.append)
     assert seen == [2, 2, 1, 2]
 
 
@@ -145,9 +147,18 @@ def test_progress_counts_sentences(model):
 )
 def test_sentences_that_do_not_fit(model, ids, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(model, {"a": ids}, ROLES)
+        evaluate(model, {"a": ids}, EACH)
 
 
 def test_roles_without_a_target(model):
-    with pytest.raises(ValueError, match="roles: shape"):
-        evaluate(model, {"a": _sentences(2)}, torch.zeros(14, dtype=torch.int8))
+    for roles in ({"a": torch.zeros(14, dtype=torch.int8)}, {"b": ROLES}):
+        with pytest.raises(ValueError, match=r"roles\.a: shape"):
+            evaluate(model, {"a": _sentences(2)}, roles)
+
+
+def test_every_task_has_roles_of_its_own(model):
+    ids, short = _sentences(3), _sentences(3)[:, :7]  # BOS image annotation
+    found = evaluate(model, {"a": ids, "b": short}, {"a": ROLES, "b": ROLES[:7]})
+    assert found["a"] == evaluate(model, {"a": ids}, {"a": ROLES})["a"]
+    assert found["b"] == evaluate(model, {"b": short}, {"b": ROLES[:7]})["b"]
+    assert found["a"]["loss"] != found["b"]["loss"]

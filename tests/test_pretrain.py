@@ -12,6 +12,7 @@ from delvm.pretrain import (
     Pretrain,
     PretrainConfig,
     learning_rate_factor,
+    logits_of,
     token_cross_entropy,
 )
 
@@ -142,6 +143,123 @@ def test_two_halves_equal_the_whole_batch():
     assert halves == pytest.approx(whole, rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(summed[name], gradient, atol=1e-7, rtol=1e-4)
+
+
+# --- packed rows: several sentences in one, each with positions of its own
+
+SIZES = (5, 1, 8)
+CLOSE = {"sdpa": 1e-9, "eager": 1e-5}  # transformers' eager attention takes its softmax in float32
+
+
+def _packed(vocab=VOCAB):
+    """A row of sentences end to end, its labels without the sentences' first tokens, its positions."""
+    generator = torch.Generator().manual_seed(3)
+    sentences = [torch.randint(0, vocab, (size,), generator=generator) for size in SIZES]
+    labels = torch.cat([torch.cat([torch.tensor([-100]), sentence[1:]]) for sentence in sentences])
+    positions = torch.cat([torch.arange(size) for size in SIZES])
+    row = {"tokens": torch.cat(sentences), "labels": labels, "positions": positions}
+    return {key: value[None] for key, value in row.items()}, sentences
+
+
+def _sharp(attention, seed=0):
+    """A model whose logits depend much on what it sees, in double precision."""
+    model = llama.build("micro", VOCAB, LENGTH, seed=seed).double()
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5.0)
+    return model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_packed_row_teaches_what_its_sentences_teach_alone(attention):
+    row, sentences = _packed()
+    config = PretrainConfig(size="micro", steps=10)
+    packed, alone = (Pretrain(_sharp(attention), config, 10) for _ in range(2))
+    found = packed.training_step(row)["loss"]
+    found.backward()
+    total, targets = 0.0, 0
+    for sentence in sentences:
+        if len(sentence) > 1:
+            loss = alone.training_step({"tokens": sentence[None]})["loss"] * (len(sentence) - 1)
+            total, targets = total + loss, targets + len(sentence) - 1
+    (total / targets).backward()
+    assert targets == 4 + 7
+    assert found.item() == pytest.approx((total / targets).item(), rel=1e-6)  # CE is taken in float32
+    for (name, one), two in zip(packed.model.named_parameters(), alone.model.parameters(), strict=True):
+        close = max(1e-6, CLOSE[attention])
+        torch.testing.assert_close(one.grad, two.grad, rtol=100 * close, atol=close, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_stops_where_positions_start_again(attention):
+    row, sentences = _packed()
+    model, tokens, positions = _sharp(attention), row["tokens"], row["positions"]
+    other = tokens.clone()
+    other[:, : SIZES[0]] = (tokens[:, : SIZES[0]] + 1) % VOCAB
+    with torch.no_grad():
+        apart, changed = (logits_of(model, rows, positions) for rows in (tokens, other))
+        through, changed_through = (logits_of(model, rows) for rows in (tokens, other))
+        alone = [logits_of(model, sentence[None]) for sentence in sentences]
+    close = CLOSE[attention]
+    torch.testing.assert_close(apart, torch.cat(alone, dim=1), rtol=close, atol=close)
+    assert torch.equal(apart[:, SIZES[0] :], changed[:, SIZES[0] :])
+    assert (apart[:, : SIZES[0]] - changed[:, : SIZES[0]]).abs().max() > 0.1
+    # without positions the row runs on: later sentences see the first
+    assert (through[:, SIZES[0] :] - changed_through[:, SIZES[0] :]).abs().amax(-1).min() > 1e-3
+
+
+def test_rows_of_a_batch_are_packed_each_in_its_own_way():
+    row, _ = _packed()
+    tokens = row["tokens"].repeat(3, 1)
+    positions = torch.stack(
+        [row["positions"][0], torch.arange(LENGTH), torch.cat([torch.arange(2), torch.arange(LENGTH - 2)])]
+    )
+    model = _sharp("sdpa")
+    with torch.no_grad():
+        together = logits_of(model, tokens, positions)
+        for index in range(3):
+            alone = logits_of(model, tokens[index, None], positions[index, None])
+            torch.testing.assert_close(together[index, None], alone, rtol=1e-9, atol=1e-9)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_both_kinds_of_attention_agree():
+    row, _ = _packed()
+    with torch.no_grad():
+        one, two = (
+            logits_of(_sharp(attention), row["tokens"], row["positions"]) for attention in ("sdpa", "eager")
+        )
+    torch.testing.assert_close(one, two, rtol=CLOSE["eager"], atol=CLOSE["eager"])
+
+
+def test_labels_choose_the_targets():
+    module, tokens = _module(), _tokens(2)
+    labels = tokens.clone()
+    labels[:, 3:9] = -100
+    labels[0, 12] = -100
+    with torch.no_grad():
+        logits = module.model(tokens[:, :-1]).logits
+    kept = labels[:, 1:] != -100
+    expected = cross_entropy(logits[kept], tokens[:, 1:][kept])
+    found = module.training_step({"tokens": tokens, "labels": labels})
+    assert int(kept.sum()) == 2 * 13 - 2 * 6 - 1
+    assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+    everything = module.training_step({"tokens": tokens})["loss"].item()
+    assert abs(found["loss"].item() - everything) > 1e-3
+    # labels equal to the tokens leave nothing out
+    same = module.training_step({"tokens": tokens, "labels": tokens})["loss"]
+    assert same.item() == everything
+
+
+def test_the_first_label_of_a_row_is_no_target():
+    # nothing stands before it: whether it is ignored changes nothing
+    row, _ = _packed()
+    module, labels = _module(), row["labels"].clone()
+    labels[:, 0] = row["tokens"][:, 0]
+    assert torch.equal(
+        module.training_step(row)["loss"], module.training_step({**row, "labels": labels})["loss"]
+    )
 
 
 def test_token_cross_entropy_leaves_ignored_labels_out():

@@ -13,10 +13,10 @@ def test_a_dry_run_says_plan_and_sizes_and_writes_nothing(micro, capsys):
     assert fit.run(micro, [f"run_dir={run_dir}"], dry_run=True) == 0
     assert sorted(micro.parent.rglob("*")) == before
     said = capsys.readouterr().out
-    assert "segmentation: 12 training, 6 held-out pairs" in said
-    assert re.search(r"pose +│ +4 │ +3 │ +1 │ +128 │ +\d+% │ +384 │", said)
+    assert "segmentation: 12 training, 6 held-out samples; pairs: 4 pictures, 66 tokens" in said
+    assert re.search(r"pose +│ +4 │ +3 │ +12 │ +128 │ +\d+% │ +384 │", said)
     # 2 pairs of 2 pictures of 16 tokens, BOS and EOS: 66 tokens a sentence, 4 sentences a step
-    assert "sentences: 2 pairs, 66 tokens, 16 codes and BOS, EOS" in said
+    assert "rows: 66 tokens, 16 codes and BOS, EOS" in said
     assert re.search(r"tokenizer: [\d,]+ parameters, 6 steps of 8 pictures", said)
     parameters = llama.num_parameters("micro", 18)
     assert re.search(rf"student │ +micro │ +{parameters:,} │ +6 │ +264 │ +1,584", said)
@@ -38,7 +38,7 @@ def test_a_dry_run_says_what_would_be_reused(finished, capsys):
 
 def test_the_numbers_of_a_run(finished):
     metrics = json.loads((finished / "run" / "metrics.json").read_text())
-    assert set(metrics) == {"balance", "skipped", "tokenizer", "evaluate", "seconds"}
+    assert set(metrics) == {"balance", "data", "tokenizer", "evaluate", "seconds"}
     assert {"psnr", "codes_used"} <= set(metrics["tokenizer"])
     stages = {"data", "tokenizer", "tokens", "teacher", "scratch", "student", "evaluate", "export"}
     assert set(metrics["seconds"]) == stages
@@ -54,7 +54,7 @@ def test_the_numbers_of_a_run(finished):
 def test_the_page_shows_what_the_folder_holds(finished):
     run_dir = finished / "run"
     work = chain.Run(recipe.load(finished / "micro.yaml", [f"run_dir={run_dir}"]))
-    work.open_data(json.loads((run_dir / "data" / "manifest.json").read_text()))
+    work.open_data(json.loads((run_dir / "data" / "manifest.json").read_text()), run_dir / "data")
     metrics = json.loads((run_dir / "metrics.json").read_text())
     found = summary.report(work, metrics)
     assert found.title == "micro"

@@ -1,13 +1,15 @@
 """The scripts beside the package: what they decide and what they draw."""
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tools import claims, picture
+from delvm.tokens.balance import STRATEGIES
+from tools import claims, compare_balance, picture, plan_balance, show_augment
 
 TASKS = ["segmentation", "deraining", "pose"]
 
@@ -94,5 +96,67 @@ def test_the_recipe_of_the_claims_has_their_tasks():
     recipe = claims.load(claims.Path("recipes/claims.yaml"))
     assert list(recipe.tasks) == TASKS
     assert all(set(least) == set(TASKS) for _, _, least in claims.GATES)
-    assert claims.TUNING_SEED not in (0, 1, 2)
+    assert claims.TUNING_SEED not in (10, 11, 12)
     assert json.dumps(claims.GRID)
+
+
+def run_tool(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    return module.main()
+
+
+def test_the_plan_of_every_strategy(micro, tmp_path, monkeypatch, capsys):
+    before = sorted(micro.parent.rglob("*"))
+    out = tmp_path.parent / f"{tmp_path.name}-plan.png"
+    assert run_tool(plan_balance, monkeypatch, micro, "balance.max_views=2", "--out", out) == 0
+    said = capsys.readouterr().out
+    # 12, 4 and 8 samples of 2 pictures of 16 tokens
+    assert "augment (the recipe's): 1,152 tokens an epoch, 0.00 MB" in " ".join(said.split())
+    assert re.search(r"pose +│ +4 │ +2 │ +8 │ +256 │ +33.3% │ +22.2% │", said)
+    assert "pose: 3 views wanted, cut by balance.max_views: 22.2% of the tokens, 33.3%" in " ".join(
+        said.split()
+    )
+    assert [name for name in STRATEGIES if re.search(rf"^{name}", said, re.MULTILINE)] == list(STRATEGIES)
+    # the bar of `none`: the tasks' shares of the samples, in pixels
+    bar = np.asarray(Image.open(out))[plan_balance.GAP + 2, plan_balance.MARGIN + 1 :]
+    widths = [int((bar == bar[place]).all(axis=-1).sum()) for place in (5, 400)]
+    assert widths[0] == pytest.approx(plan_balance.WIDTH * 12 / 24, abs=2)
+    assert widths[1] == pytest.approx(plan_balance.WIDTH * 4 / 24, abs=2)
+    assert sorted(micro.parent.rglob("*")) == before
+
+
+def test_the_views_of_every_task(micro, tmp_path, monkeypatch):
+    out = tmp_path.parent / f"{tmp_path.name}-views.png"
+    policies = ["--policies", "none", "restoration"]
+    assert run_tool(show_augment, monkeypatch, micro, out, "--views", 3, *policies) == 0
+    side, gap, line = show_augment.SIDE, show_augment.GAP, show_augment.LINE
+    found = np.asarray(Image.open(out))
+    # restoration does not go with segmentation's labels: five rows of an image and an annotation
+    assert found.shape == (5 * (line + 2 * (side + gap) + gap), gap + 3 * (side + gap), 3)
+    # under `none` every view is the sample itself
+    first, second = (found[line : line + side, left : left + side] for left in (gap, 2 * gap + side))
+    np.testing.assert_array_equal(first, second)
+    assert len(np.unique(first)) > 10
+
+
+def test_bad_input_to_the_tools(tmp_path, monkeypatch, capsys):
+    for tool, more in ((plan_balance, []), (show_augment, [tmp_path / "out.png"]), (compare_balance, [])):
+        assert run_tool(tool, monkeypatch, tmp_path / "none.yaml", *more) == 2
+        assert capsys.readouterr().err == f"error: {tmp_path}/none.yaml: no such recipe\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_comparison_of_strategies(capsys):
+    losses = {"none": 3.0, "resample": 2.9, "mixture": 2.8, "augment": 2.5}
+    scores = {
+        seed: {strategy: {"a": loss + 0.1 * seed, "b": 1.0} for strategy, loss in losses.items()}
+        for seed in (0, 1)
+    }
+    compare_balance.report(scores)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "augment │ 2.550 (2.500-2.600) │ 1.000 (1.000-1.000)" in said
+    assert "augment below none on a: +0.500 (+0.500, +0.500)" in said
+    assert "augment below mixture on b: +0.000 (+0.000, +0.000)" in said
+    assert compare_balance.TUNING_SEED not in (0, 1, 2)
+    assert set(compare_balance.CHOSEN) == set(STRATEGIES)
+    assert set(compare_balance.CHOSEN.values()) <= set(compare_balance.RATES)

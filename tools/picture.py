@@ -8,6 +8,7 @@ each prompted with the run's first held-out pair of a task (not shown) and compl
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -15,43 +16,44 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from delvm import llama
+from delvm import chain, llama
 from delvm import recipe as recipes
-from delvm.chain import ROLES
 from delvm.errors import UserError
 from delvm.evaluate.prompting import Picture, complete, load_pictures
 from delvm.images.augment import view
-from delvm.images.sources import read_picture
+from delvm.images.files import read_picture
 from delvm.tokenizer import Tokenizer
-from delvm.tokens.sentences import validation_picks
+from delvm.tokens.sentences import validation_sentences
 from delvm.tokens.store import open_store
 
 SIDE, GAP, LINE = 128, 6, 16  # pixels of a picture, between two, of a line of text
 
 
-def complete_queries(run: Path, queries: list[Path]) -> dict[str, list[list[Picture]]]:
+def complete_queries(folder: Path, queries: list[Path]) -> dict[str, list[list[Picture]]]:
     """Rows of (query, the annotation by each model), by task."""
-    recipe, store = (
-        recipes.load(run / "recipe.yaml", ["trainer.accelerator=auto"]),
-        open_store(run / "tokens"),
-    )
-    tokenizer = Tokenizer.load(run / "tokenizer")
+    recipe = recipes.load(folder / "recipe.yaml", ["trainer.accelerator=auto", f"run_dir={folder}"])
+    store = open_store(folder / "tokens")
+    tokenizer = Tokenizer.load(folder / "tokenizer")
     pictures = [read_picture(path) for path in queries]
     size = recipe.data.image_size
-    views = np.stack([view(p, p, policy="none", size=size, nearest=False, seed=(0,))[0] for p in pictures])
+    views = np.stack(
+        [view([p], (False,), policy="none", size=size, nearest=False, seed=(0,))[0] for p in pictures]
+    )
     with torch.no_grad():
         codes = tokenizer.encode(torch.from_numpy(views).permute(0, 3, 1, 2) / 255)
+    run = chain.Run(recipe)
+    run.open_data(json.loads((folder / "data" / "manifest.json").read_text()), folder / "data", say=False)
     rows: dict[str, list[list[Picture]]] = {}
-    for index, task in enumerate(recipe.tasks):
-        held_out = store.grids["validation"][task]
-        picks = validation_picks(len(held_out), recipe.sentences, recipe.seed, index)[0, :-1]
-        pairs = torch.from_numpy(held_out[picks, 0].reshape(1, -1).astype(np.int64))
-        begin = torch.tensor([[store.num_codes]])
-        prompts = torch.cat([torch.cat([begin, pairs], 1).expand(len(codes), -1), codes], 1)
+    for task, sentences in validation_sentences(store, run.forms, 1, recipe.seed).items():
+        if run.forms[task].kind != "pairs":
+            continue
+        # the first held-out sentence up to the last pair, then a query of one's own
+        end = len(sentences[0]) - recipe.sentences.specials - 2 * store.tokens_per_image
+        prompts = torch.cat([sentences[:, :end].expand(len(codes), -1), codes], 1)
         rows[task] = [[("query", picture)] for picture in views]
-        for role in (role for role in ROLES if getattr(recipe, role) is not None):
+        for role in run.models:
             found = complete(
-                llama.load(run / role), prompts, store.tokens_per_image, store.num_codes,
+                llama.load(folder / role), prompts, store.tokens_per_image, store.num_codes,
                 temperature=recipe.prompting.temperature, top_p=recipe.prompting.top_p, seed=recipe.seed,
             )  # fmt: skip
             with torch.no_grad():

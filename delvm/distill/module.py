@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from delvm.distill.divergences import DIVERGENCES, mean_divergence
 from delvm.errors import UserError
-from delvm.pretrain import Pretrain, PretrainConfig, token_cross_entropy
+from delvm.pretrain import Pretrain, PretrainConfig, logits_of, token_cross_entropy
 
 
 @dataclass
@@ -61,14 +61,16 @@ class Distill(Pretrain):
     def on_fit_start(self) -> None:
         self.teacher.to(self.device)
 
-    def losses(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def losses(
+        self, inputs: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         config = self.distill
         if config.kd_weight == 0:  # the teacher would run for nothing
-            parts = super().losses(inputs, labels)
+            parts = super().losses(inputs, labels, positions)
             return {"loss": config.ce_weight * parts["ce"], "ce": parts["ce"]}
         with torch.no_grad():
-            teacher_logits = self.teacher(inputs, use_cache=False).logits
-        student_logits = self.model(inputs, use_cache=False).logits
+            teacher_logits = logits_of(self.teacher, inputs, positions)
+        student_logits = logits_of(self.model, inputs, positions)
         ce = token_cross_entropy(student_logits, labels)
         kd = mean_divergence(
             DIVERGENCES[config.divergence],

@@ -15,15 +15,15 @@ from delvm.tokens.sentences import ANNOTATION, SPECIAL
 def evaluate(
     model: LlamaForCausalLM,
     sentences: Mapping[str, Tensor],
-    roles: Tensor,
+    roles: Mapping[str, Tensor],
     *,
     batch_size: int = 32,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, dict[str, float]]:
     """How well `model` predicts each code from all that stands before it (teacher forcing).
 
-    sentences: task -> (num, length) int64. roles: (length,), each position's role (tokens/sentences.py), the
-    same for all sentences. progress is called with the number of sentences done since its last call.
+    sentences: task -> (num, length) int64. roles: task -> (length,), what each position of its sentences is
+    (tokens/sentences.py). progress is called with the number of sentences done since its last call.
 
     Returns task -> {"loss", "accuracy", "perplexity", "annotation_loss", "annotation_accuracy",
     "annotation_perplexity"}: mean negative log-likelihood in nats, the fraction of codes that are the most
@@ -35,13 +35,11 @@ def evaluate(
     Raises ValueError for sentences that do not fit the roles or the vocabulary.
     """
     _check(model, sentences, roles)
-    targets = roles[1:].to(model.device) != SPECIAL  # position t predicts the code at t + 1
-    annotation = roles[1:].to(model.device)[targets] == ANNOTATION
     was_training = model.training
     model.eval()
     try:
         return {
-            task: _metrics(model, ids, targets, annotation, batch_size, progress)
+            task: _metrics(model, ids, roles[task][1:].to(model.device), batch_size, progress)
             for task, ids in sentences.items()
         }
     finally:
@@ -51,11 +49,13 @@ def evaluate(
 def _metrics(
     model: LlamaForCausalLM,
     sentences: Tensor,
-    targets: Tensor,
-    annotation: Tensor,
+    roles: Tensor,
     batch_size: int,
     progress: Callable[[int], object] | None,
 ) -> dict[str, float]:
+    """roles: (length - 1,), of the targets: position t predicts the code at t + 1."""
+    targets = roles != SPECIAL
+    annotation = roles[targets] == ANNOTATION
     nll = torch.zeros(int(targets.sum()), dtype=torch.float64, device=targets.device)  # by target position
     hits = torch.zeros_like(nll)
     for batch in sentences.split(batch_size):
@@ -84,13 +84,16 @@ def _triple(prefix: str, nll: Tensor, hits: Tensor) -> dict[str, float]:
     }
 
 
-def _check(model: LlamaForCausalLM, sentences: Mapping[str, Tensor], roles: Tensor) -> None:
-    if roles.dim() != 1 or not (roles[1:] != SPECIAL).any():
-        raise ValueError(f"roles: shape {tuple(roles.shape)}, must be (length,) with a code after the first")
+def _check(model: LlamaForCausalLM, sentences: Mapping[str, Tensor], roles: Mapping[str, Tensor]) -> None:
     for task, ids in sentences.items():
+        part = roles.get(task, torch.empty(0))
+        if part.dim() != 1 or not (part[1:] != SPECIAL).any():
+            raise ValueError(
+                f"roles.{task}: shape {tuple(part.shape)}, must be (length,) with a code after the first"
+            )
         shape = tuple(ids.shape)
-        if len(shape) != 2 or shape[1] != len(roles) or shape[0] == 0:
-            raise ValueError(f"sentences.{task}: shape {shape}, must be (at least 1, {len(roles)})")
+        if len(shape) != 2 or shape[1] != len(part) or shape[0] == 0:
+            raise ValueError(f"sentences.{task}: shape {shape}, must be (at least 1, {len(part)})")
         low, high, last = int(ids.min()), int(ids.max()), model.config.vocab_size - 1
         if low < 0 or high > last:
             raise ValueError(f"sentences.{task}: ids {low}..{high}, must be in 0..{last}")

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from delvm.images.sources import read_picture
+from delvm.images.files import read_picture
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A pair -> one view of it: geometry shared by image and annotation, colour where the annotation stays true.
+"""A sample -> one view of it: geometry shared by its pictures, colour where the annotations stay true.
 
 Pictures are (H, W, 3) uint8 RGB. No policy shows a border: a tilted pair is cropped to what lies inside,
 so that no black corner, and no reflected limb of the wrong side, enters a view.
@@ -151,60 +151,67 @@ JOINT_COLOUR = ("restoration",)
 
 
 @functools.cache
-def compose(policy: str, size: int, nearest: bool, large: bool, pairs: ColourPairs) -> A.Compose:
+def compose(
+    policy: str, size: int, nearest: bool, large: bool, pairs: ColourPairs, annotations: tuple[bool, ...]
+) -> A.Compose:
     """A policy's transforms, built once. `large`: first shrink the shorter side to four times `size`."""
     transforms = POLICIES[policy](size, nearest, pairs)
     if large:
         # After the flip (a skeleton's colours must still be exact there), before the costly warps.
         transforms.insert(1, shrink(4 * size, nearest))
-    targets = {"annotation": "image" if policy in JOINT_COLOUR else "mask"}
+    kind = "image" if policy in JOINT_COLOUR else "mask"
+    targets = {f"picture{place}": kind if drawn else "image" for place, drawn in enumerate(annotations)}
     # No check of shapes in every call: `view` makes it.
     return A.Compose(transforms, additional_targets=targets, is_check_shapes=False)
 
 
 def view(
-    image: np.ndarray,
-    annotation: np.ndarray,
+    sample: Sequence[np.ndarray],
+    annotations: Sequence[bool],
     *,
     policy: str,
     size: int,
     nearest: bool,
     seed: Sequence[int],
     mirrored_colours: ColourPairs = OPENPOSE_COLOURS,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One view of a pair: the same for the same arguments, whatever was called before.
+) -> list[np.ndarray]:
+    """One view of a sample: the same for the same arguments, whatever was called before.
 
-    Not to be called by several threads of one process: they would share the random state.
+    All pictures move together, and all images of a sample (the frames of a clip) get the same colours. Not to
+    be called by several threads of one process: they would share the random state.
 
     Args:
-        image: (H, W, 3) uint8.
-        annotation: (H, W, 3) uint8.
-        policy: a name from `POLICIES`; `none` is the pair itself, scaled and cropped to its centre.
+        sample: pictures (H, W, 3) uint8, all of one size; the first is an image.
+        annotations: which of them are annotations.
+        policy: a name from `POLICIES`; `none` is the sample itself, scaled and cropped to its centre.
         size: side of the view, in pixels.
-        nearest: the annotation's colours are labels: it is resampled to the nearest pixel and no new
-            colour comes in. Otherwise it is averaged like the image.
+        nearest: the annotations' colours are labels: they are resampled to the nearest pixel and no new
+            colour comes in. Otherwise they are averaged like the images.
         seed: non-negative integers, e.g. (seed, sample, view).
         mirrored_colours: (left, right) RGB that `pose` exchanges when it flips; other policies ignore it.
             Only exact matches are exchanged: keep skeletons without anti-aliasing, in a lossless format.
 
     Returns:
-        (image, annotation), each (size, size, 3) uint8.
+        As many pictures, each (size, size, 3) uint8.
 
     Raises:
-        ValueError: an unknown policy; image and annotation of different shapes; `restoration` with `nearest`.
+        ValueError: an unknown policy; pictures of different shapes; `restoration` with `nearest`.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy: '{policy}' is unknown; choices: {', '.join(POLICIES)}")
-    if image.shape != annotation.shape or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image {image.shape} and annotation {annotation.shape}: both must be one (H, W, 3)")
+    shapes = {picture.shape for picture in sample}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 3 or shape[2] != 3:
+        raise ValueError(f"pictures {[picture.shape for picture in sample]}: all must be one (H, W, 3)")
     if nearest and policy in JOINT_COLOUR:
-        others = ", ".join(name for name in POLICIES if name not in JOINT_COLOUR)
-        raise ValueError(f"policy: '{policy}' changes labels' colours, not for nearest; choices: {others}")
-    large = policy != "none" and min(image.shape[:2]) > 4 * size
-    composed = compose(policy, size, nearest, large, tuple(mirrored_colours))
+        choices = ", ".join(name for name in POLICIES if name not in JOINT_COLOUR)
+        raise ValueError(f"policy: '{policy}' changes labels' colours, not for nearest; choices: {choices}")
+    large = policy != "none" and min(shape[:2]) > 4 * size
+    composed = compose(policy, size, nearest, large, tuple(mirrored_colours), tuple(annotations))
     # Compose.set_random_seed gives every transform the same numbers: flips and colours would come in step.
     seeds = np.random.SeedSequence(list(seed)).generate_state(len(composed.transforms))
     for transform, number in zip(composed.transforms, seeds.tolist(), strict=True):
         transform.set_random_seed(number)
-    out = composed(image=image, annotation=annotation)
-    return out["image"], out["annotation"]
+    # albumentations wants one picture by the name `image`: the first, which stands in no other place
+    others = {f"picture{place}": picture for place, picture in enumerate(sample) if place}
+    out = composed(image=sample[0], **others)
+    return [out["image"], *(out[name] for name in others)]

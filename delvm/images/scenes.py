@@ -5,13 +5,15 @@ The photographs come inside scikit-image's wheel: nothing is downloaded.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
 import skimage.data
 
-from delvm.images.annotate import Joints, pixel, rain, skeleton
+from delvm.images.annotate import Joints, pixel, skeleton
+from delvm.images.degrade import rain
+from delvm.images.files import Sample
 
 Pair = tuple[np.ndarray, np.ndarray]
 Colour = tuple[int, int, int]
@@ -212,7 +214,7 @@ SCENES: dict[str, Callable[[np.random.Generator, str, int], Pair]] = {
 }
 
 
-class Scenes:
+class Scenes(Sequence[Sample]):
     """Pairs of one kind: sample i depends on (seed, kind, split, i) alone, in any order and any process.
 
     Args:
@@ -239,13 +241,11 @@ class Scenes:
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, index: int) -> Pair:
-        """(image, annotation), each (size, size, 3) uint8."""
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
+        """[image, annotation], each (size, size, 3) uint8."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         place = (list(SCENES).index(self.kind), list(PHOTOGRAPHS).index(self.split))
-        return SCENES[self.kind](np.random.default_rng((self.seed, *place, index)), self.split, self.size)
-
-    def name(self, index: int) -> str:
-        """E.g. `pose-train-00017`."""
-        return f"{self.kind}-{self.split}-{index:05d}"
+        return list(
+            SCENES[self.kind](np.random.default_rng((self.seed, *place, index)), self.split, self.size)
+        )

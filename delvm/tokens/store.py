@@ -1,31 +1,94 @@
-"""Token grids on disk, memory-mapped.
+"""Token grids on disk, memory-mapped, in shards.
 
-A store is a folder: `manifest.json` and, for each task and split, `TASK.SPLIT.npy` of shape
-(samples, views, 2, tokens), uint16 (uint32 beyond 65,536 codes); the axis of 2 is (image, annotation).
+A store is a folder: `manifest.json` and, for each task and split, a folder `TASK.SPLIT` with shards
+`00000.npy`, `00001.npy`, ... of shape (samples, views, images, tokens), uint16 (uint32 beyond 65,536 codes),
+and `classes.npy` where the samples have classes. A shard is whole or not there, so that many processes write
+side by side and a killed one is gone on from.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from delvm.errors import UserError
-from delvm.tokenizer import Tokenizer
-from delvm.tokenizer.training import to_pictures
 
 SPLITS = ("train", "validation")
+SHARD_BYTES = 64 << 20
+
+
+class Grid:
+    """(samples, views, images, tokens) codes of one task and split; every shard but the last is as long."""
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        self.shards = list(shards)
+        samples = sum(len(shard) for shard in self.shards)
+        self.shape: tuple[int, int, int, int] = (samples, *self.shards[0].shape[1:])
+        # in rows of one picture, and of all pictures of a sample: a row is copied in one piece
+        self._rows = {
+            run: [np.asarray(shard).reshape(-1, run * self.shape[3]) for shard in self.shards]
+            for run in (1, self.shape[2])
+        }
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __reduce__(self) -> tuple:
+        # for worker processes, which map the files again: pickled, a memory map would be its whole content
+        shards = [Path(s.filename) if isinstance(s.base, mmap) else s for s in self.shards]
+        return _reopened, (shards,)
+
+    def gather(self, samples: np.ndarray, views: np.ndarray, images: np.ndarray | None = None) -> np.ndarray:
+        """The codes of (sample, view) pairs: (..., images, tokens), or (..., tokens) of the `images` named.
+
+        samples, views, images: integers of one shape, or that broadcast to one.
+        """
+        pairs = self.index(samples, views)
+        if images is None:
+            return self.take(pairs, self.shape[2]).reshape(*pairs.shape, *self.shape[2:])
+        return self.take(pairs * self.shape[2] + images)
+
+    def index(self, samples: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """The places of (sample, view) pairs among all of the grid, int64. Raises ValueError outside it."""
+        return np.ravel_multi_index((samples, views), self.shape[:2])
+
+    def take(self, places: np.ndarray, run: int = 1) -> np.ndarray:
+        """(..., run * tokens): the codes of a picture, or of all pictures of a (sample, view), at each place.
+
+        places: (...) int64 among all pictures (`run` 1) or pairs (`run` the number of images).
+        """
+        shards = self._rows[run]
+        if len(shards) == 1:
+            return shards[0].take(places, axis=0)
+        numbers, rows = np.divmod(places.reshape(-1), len(shards[0]))
+        codes = np.empty((len(rows), shards[0].shape[1]), shards[0].dtype)
+        if len(rows) < 16 * len(shards):  # few of each shard: going through the shards takes longer
+            for place, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist(), strict=True)):
+                codes[place] = shards[number][row]
+        else:
+            for number, shard in enumerate(shards):
+                here = np.flatnonzero(numbers == number)
+                codes[here] = shard.take(rows[here], axis=0)
+        return codes.reshape(*places.shape, codes.shape[1])
+
+
+def _reopened(shards: Sequence[Path | np.ndarray]) -> Grid:
+    return Grid([np.load(s, mmap_mode="r", allow_pickle=False) if isinstance(s, Path) else s for s in shards])
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """An opened store: its manifest and its memory-mapped grids, `grids[split][task]`."""
+    """An opened store: its manifest and its grids, `grids[split][task]`."""
 
     manifest: dict
-    grids: dict[str, dict[str, np.ndarray]]
+    grids: dict[str, dict[str, Grid]]
+    classes: dict[str, dict[str, np.ndarray]]
+    """The class of every sample, (samples,) integers, of tasks that have classes: `classes[split][task]`."""
 
     @property
     def num_codes(self) -> int:
@@ -43,74 +106,168 @@ def code_dtype(num_codes: int) -> np.dtype:
     return np.dtype(np.uint16 if num_codes <= 65_536 else np.uint32)
 
 
-def encode(
-    tokenizer: Tokenizer, batches: Iterable[torch.Tensor], progress: Callable[[int], object] = lambda _: None
-) -> Iterator[np.ndarray]:
-    """Pairs -> codes, batch by batch, on the tokenizer's device.
+@dataclass(frozen=True)
+class Layout:
+    """How one grid is cut into shards of `shard` samples, the last one shorter."""
 
-    batches: uint8 (batch, 2, H, W, 3). Yields (batch, 2, tokens) integers and tells `progress` how many.
-    """
-    for batch in batches:
-        with torch.inference_mode():
-            codes = tokenizer.encode(to_pictures(batch.to(tokenizer.codebook.device)))
-        progress(len(batch))
-        yield codes.reshape(len(batch), 2, -1).cpu().numpy()
+    folder: Path
+    shape: tuple[int, int, int, int]
+    dtype: np.dtype
+    shard: int
+
+    @classmethod
+    def plan(
+        cls, folder: Path, shape: tuple[int, int, int, int], dtype: np.dtype, shard_bytes: int = SHARD_BYTES
+    ) -> "Layout":
+        """Shards of about `shard_bytes`, at least one sample each."""
+        return cls(folder, shape, dtype, max(1, shard_bytes // (int(np.prod(shape[1:])) * dtype.itemsize)))
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the whole grid."""
+        return -(-self.shape[0] // self.shard)
+
+    def path(self, number: int) -> Path:
+        """The file of a shard."""
+        return self.folder / f"{number:05}.npy"
+
+    def samples(self, number: int) -> range:
+        """The samples of a shard."""
+        return range(number * self.shard, min((number + 1) * self.shard, self.shape[0]))
+
+    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
+        """The shards that process `rank` of `world` has yet to write."""
+        return [number for number in range(rank, self.num_shards, world) if not self.path(number).exists()]
+
+    def write(self, number: int, codes: np.ndarray) -> None:
+        """Write a shard whole or not at all. codes: (samples, views, images, tokens) integers."""
+        shape = (len(self.samples(number)), *self.shape[1:])
+        assert codes.shape == shape, (codes.shape, shape)
+        _save(self.path(number), codes.astype(self.dtype))
+
+    def write_all(self, numbers: Sequence[int], rows: Iterable[np.ndarray]) -> None:
+        """Write these shards from rows in their order, each (any number of views, images, tokens)."""
+        views = self.shape[1]
+        rows, held = iter(rows), np.empty((0, *self.shape[2:]), self.dtype)
+        for number in numbers:
+            wanted = len(self.samples(number)) * views
+            parts, have = [held], len(held)
+            while have < wanted:
+                batch = next(rows, None)
+                assert batch is not None, "fewer rows than samples"
+                parts.append(batch.astype(self.dtype))
+                have += len(batch)
+            codes = np.concatenate(parts)
+            self.write(number, codes[:wanted].reshape(-1, *self.shape[1:]))
+            held = codes[wanted:]
+        assert len(held) == 0, "more rows than samples"
+        assert next(rows, None) is None, "more rows than samples"
+
+    def write_classes(self, classes: np.ndarray) -> None:
+        """Write the class of every sample, (samples,) integers."""
+        assert classes.shape == self.shape[:1], (classes.shape, self.shape)
+        _save(self.folder / "classes.npy", classes)
+
+    def describe(self) -> dict:
+        """The grid's part of the manifest, checksums read from the files; every shard must be there."""
+        digests = [_digest(self.path(number)) for number in range(self.num_shards)]
+        return {"shape": list(self.shape), "shard": self.shard, "sha256": digests}
 
 
-def write_grid(
-    path: Path, shape: tuple[int, int, int, int], dtype: np.dtype, rows: Iterable[np.ndarray]
-) -> str:
-    """Write one grid row by row, each row (any number of pairs, 2, tokens); returns the sha256 of the data.
+def _save(file: Path, array: np.ndarray) -> None:
+    """Write an array whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # named by process: a second writer of the same file would write the same
+    partial = file.with_name(f".{file.stem}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as data:
+            np.lib.format.write_array_header_1_0(data, np.lib.format.header_data_from_array_1_0(array))
+            # not np.save, nor a memory map: where the disk is full by the last few bytes, the one says
+            # nothing, and the other kills the process
+            data.write(np.ascontiguousarray(array).data)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
-    Plain writes, not a writable memory map: on a full disk these raise OSError, a map would kill the process.
-    """
-    digest = hashlib.sha256()
-    pairs = 0
-    with path.open("wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for row in rows:
-            assert row.shape[1:] == shape[2:], (row.shape, shape)
-            data = np.ascontiguousarray(row, dtype=dtype).tobytes()
-            digest.update(data)
-            file.write(data)
-            pairs += len(row)
-    assert pairs == shape[0] * shape[1], (pairs, shape)
-    return digest.hexdigest()
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Write `manifest.json`, the last file of a store."""
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    partial = folder / ".manifest.json.partial"
+    partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, folder / "manifest.json")
 
 
-def open_store(folder: Path) -> TokenStore:
+def open_store(folder: Path, *, tokenizer: str = "") -> TokenStore:
     """Open a store for reading.
 
+    Args:
+        folder: what `write_manifest` ended.
+        tokenizer: the hash of the tokenizer that the codes will be read with; empty leaves it unchecked.
+
     Raises:
-        UserError: no manifest or an unreadable one; a grid that is missing, cut short or of another shape
-            than the manifest says.
+        UserError: no manifest or an unreadable one; another tokenizer; a shard that is missing, cut short or
+            of another shape than the manifest says.
     """
     path = folder / "manifest.json"
     if not path.is_file():
         raise UserError(f"{folder}: not a token store (no manifest.json)")
     try:
-        manifest = json.loads(path.read_text())
-        shapes = {
-            task: {split: entry[split]["shape"] for split in SPLITS}
-            for task, entry in manifest["tasks"].items()
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        written, dtype = manifest["tokenizer"], code_dtype(int(manifest["num_codes"]))
+        layouts = {
+            split: {
+                task: _layout(folder / f"{task}.{split}", entry[split], dtype)
+                for task, entry in manifest["tasks"].items()
+            }
+            for split in SPLITS
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: unreadable manifest ({error!r})") from error
-    grids: dict[str, dict[str, np.ndarray]] = {split: {} for split in SPLITS}
-    for split in SPLITS:
-        for task, shape in shapes.items():
-            file = folder / f"{task}.{split}.npy"
-            try:
-                grid = np.load(file, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:  # EOFError: an empty file
-                raise UserError(f"{file}: unreadable token grid ({error})") from error
-            if list(grid.shape) != shape[split]:
-                raise UserError(f"{file}: shape {list(grid.shape)}, the manifest says {shape[split]}")
-            grids[split][task] = grid
-    return TokenStore(manifest=manifest, grids=grids)
+    if tokenizer and tokenizer != written:
+        raise UserError(f"{folder}: written by tokenizer {written}, this one is {tokenizer}")
+    grids = {
+        split: {task: _open_grid(layout) for task, layout in parts.items()}
+        for split, parts in layouts.items()
+    }
+    classes = {
+        split: {
+            task: _load(layout.folder / "classes.npy", layout.shape[:1])
+            for task, layout in parts.items()
+            if (layout.folder / "classes.npy").exists()
+        }
+        for split, parts in layouts.items()
+    }
+    return TokenStore(manifest=manifest, grids=grids, classes=classes)
+
+
+def _layout(folder: Path, entry: dict, dtype: np.dtype) -> Layout:
+    samples, views, images, tokens = map(int, entry["shape"])
+    layout = Layout(folder, (samples, views, images, tokens), dtype, int(entry["shard"]))
+    if min(*layout.shape, layout.shard) < 1:
+        raise ValueError(f"{folder.name}: shape {list(layout.shape)}, shard {layout.shard}")
+    return layout
+
+
+def _load(file: Path, shape: tuple[int, ...], dtype: np.dtype | None = None) -> np.ndarray:
+    try:
+        array = np.lib.format.open_memmap(file, mode="r")  # which refuses pickled objects
+    except Exception as error:  # what a damaged header raises depends on where it is damaged
+        raise UserError(f"{file}: unreadable token grid ({error})") from error
+    if array.shape != shape or array.dtype != (dtype or array.dtype) or array.dtype.kind not in "iu":
+        wanted = f"{dtype or 'integers'} {list(shape)}"
+        raise UserError(f"{file}: {array.dtype} {list(array.shape)}, the manifest says {wanted}")
+    return array
+
+
+def _open_grid(layout: Layout) -> Grid:
+    return Grid(
+        [
+            _load(layout.path(number), (len(layout.samples(number)), *layout.shape[1:]), layout.dtype)
+            for number in range(layout.num_shards)
+        ]
+    )

@@ -1,0 +1,100 @@
+"""Views of samples, and lines of codes -> a token store."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from delvm.images.sources import SPLITS, Views
+from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
+from delvm.tokenizer import Tokenizer
+from delvm.tokenizer.training import to_pictures
+from delvm.tokens import lines
+from delvm.tokens.store import Layout, code_dtype, write_manifest
+
+BATCH = 64  # samples
+
+
+def encode(
+    tokenizer: Tokenizer, batches: Iterable[torch.Tensor], progress: Callable[[int], object] = lambda _: None
+) -> Iterator[np.ndarray]:
+    """Pictures -> codes, batch by batch, on the tokenizer's device.
+
+    batches: uint8 (batch, images, H, W, 3). Yields (batch, images, tokens) integers and tells `progress` how
+    many.
+    """
+    for batch in batches:
+        with torch.inference_mode():
+            codes = tokenizer.encode(to_pictures(batch.to(tokenizer.codebook.device)))
+        progress(len(batch))
+        yield codes.reshape(*batch.shape[:2], -1).cpu().numpy()
+
+
+def write_store(
+    folder: Path,
+    tokenizer: Tokenizer,
+    tasks: Mapping[str, TaskConfig],
+    data: Mapping[str, Mapping],
+    views: Mapping[str, Mapping[str, Views]],
+    *,
+    seed: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Write the shards that are not there yet, and the manifest once all are.
+
+    Args:
+        folder: of the store; whole shards in it are kept.
+        tokenizer: what encodes, on the device that it is on.
+        tasks: every task; those of `TOKEN_SOURCES` are read as lines of codes.
+        data: the manifest of `images.sources.index_data`: samples by split, pictures of a sample.
+        views: the other tasks' views, `views[split][task]`.
+        seed: of the splits.
+        num_workers: processes that read and augment.
+        rank, world: this process and how many there are; each writes every `world`-th shard, and the one that
+            finds all of them whole writes the manifest.
+    """
+    dtype = code_dtype(tokenizer.num_codes)
+    layouts = {}
+    for task in tasks:
+        for split in SPLITS:
+            num_views = views[split][task].num_views if task in views[split] else 1
+            shape = (data[task][split], num_views, data[task]["pictures"], tokenizer.num_tokens)
+            layouts[task, split] = Layout.plan(folder / f"{task}.{split}", shape, dtype)
+    todo = {place: layout.missing(rank, world) for place, layout in layouts.items()}
+    total = sum(len(layouts[p].samples(n)) * layouts[p].shape[1] for p, found in todo.items() for n in found)
+    with tqdm(total=total, desc="tokens", unit="view") as bar:
+        for (task, split), numbers in todo.items():
+            layout = layouts[task, split]
+            if tasks[task].source in TOKEN_SOURCES:
+                for number in numbers:
+                    rows = lines.rows(tasks[task], split, seed, layout.shape[2:], layout.samples(number))
+                    layout.write_all([number], rows)
+                    bar.update(len(layout.samples(number)))
+                continue
+            part = views[split][task]
+            if tasks[task].source == "classes" and rank == 0:
+                layout.write_classes(part.classes())
+            items = [
+                sample * part.num_views + view
+                for number in numbers
+                for sample in layout.samples(number)
+                for view in range(part.num_views)
+            ]
+            loader = DataLoader(Subset(part, items), batch_size=BATCH, num_workers=num_workers)
+            layout.write_all(numbers, encode(tokenizer, loader, bar.update))
+    if any(layout.missing() for layout in layouts.values()):
+        return  # other processes are at them
+    about = {
+        task: {"source": config.source, "policy": config.policy, "make": config.make,
+               **{split: layouts[task, split].describe() for split in SPLITS}}
+        for task, config in tasks.items()
+    }  # fmt: skip
+    write_manifest(folder, {
+        "tokenizer": tokenizer.hash, "num_codes": tokenizer.num_codes,
+        "tokens_per_image": tokenizer.num_tokens, "tasks": about,
+    })  # fmt: skip

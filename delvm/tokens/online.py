@@ -1,0 +1,55 @@
+"""Samples -> rows of views that no row before has shown, encoded while the model trains.
+
+Stored views are encoded once and come back each epoch; here every sentence has views of its own. That costs a
+pass of the tokenizer in each step, and reading and augmenting all along: for an accelerator, many workers.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch.utils.data import Dataset
+
+from delvm.images.sources import Views
+from delvm.tokenizer import Tokenizer
+from delvm.tokenizer.training import to_pictures
+from delvm.tokens.rows import TrainingSentences
+
+
+class OnlineSentences(Dataset):
+    """The rows of `TrainingSentences` as pictures, each sample in a view that no other row shows.
+
+    Items: `pictures` (images, size, size, 3) uint8 in the sentence's order, `task`, its index. Item i
+    depends on the seeds and i alone.
+
+    Raises:
+        ValueError: rows that are not whole sentences.
+    """
+
+    def __init__(self, rows: TrainingSentences, views: Mapping[str, Views]) -> None:
+        if not rows.whole:
+            raise ValueError("balance.online: a row must be a whole sentence; leave sentences.length at 0")
+        self.rows, self.views = rows, [views[task] for task in rows.tasks]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        task, picks = self.rows.picks(index)
+        # view 0 is the sample itself
+        seen = {sample: self.views[task].view(sample, 1 + index) for sample in set(picks[:, 0].tolist())}
+        pictures = torch.stack([seen[sample][picture] for sample, _, picture in picks.tolist()])
+        return {"pictures": pictures, "task": task}
+
+
+class Encode:
+    """Batches of `OnlineSentences` -> those of `TrainingSentences`, on the device that they are on."""
+
+    def __init__(self, rows: TrainingSentences, tokenizer: Tokenizer) -> None:
+        self.rows, self.tokenizer = rows, tokenizer
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`pictures` (rows, images, size, size, 3) uint8 and `task` (rows,) -> `tokens`, perhaps `labels`."""
+        pictures = batch["pictures"]
+        codes = self.tokenizer.to(pictures.device).encode(to_pictures(pictures)).view(len(pictures), -1)
+        rows = self.rows.batch(codes.cpu().numpy(), batch["task"].cpu().numpy())
+        return {key: part.to(pictures.device) for key, part in rows.items()}
