@@ -80,3 +80,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert fit.run(recipe, [f"run_dir={root / 'run'}"]) == 0
     torch.set_num_threads(threads)
     return root
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A tokenizer of 8 px, 4 tokens a picture and 16 codes, untrained."""
+    import torch
+
+    from delvm.tokenizer.training import TokenizerConfig, build
+
+    found = build(TokenizerConfig(num_codes=16, code_dim=4, channels=32), 8).eval()
+    torch.nn.init.normal_(found.codebook, generator=torch.Generator().manual_seed(0))
+    return found

@@ -8,7 +8,6 @@ import torch
 from delvm.images.scenes import Scenes
 from delvm.images.sources import SPLITS, Views
 from delvm.images.tasks import TaskConfig
-from delvm.tokenizer.training import TokenizerConfig, build
 from delvm.tokens import store
 from delvm.tokens.encoding import encode, write_store
 from delvm.tokens.formats import write_lvm
@@ -18,13 +17,6 @@ TASKS = {
     "pose": TaskConfig(scene="pose", samples=5, validation_samples=2, policy="pose"),
     "rain": TaskConfig(scene="deraining", samples=7, validation_samples=3, policy="restoration"),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    found = build(TokenizerConfig(num_codes=16, code_dim=4, channels=32), 8).eval()
-    torch.nn.init.normal_(found.codebook, generator=torch.Generator().manual_seed(0))
-    return found
 
 
 @pytest.fixture
@@ -115,9 +107,7 @@ def test_what_is_there_is_kept(tmp_path, tokenizer):
     assert json.loads((folder / "manifest.json").read_text())["tasks"]["lines"]["source"] == "lvm"
 
 
-def test_encode_gives_the_codes_of_every_picture():
-    tokenizer = build(TokenizerConfig(num_codes=16, code_dim=4, channels=32), 8).eval()
-    torch.nn.init.normal_(tokenizer.codebook, generator=torch.Generator().manual_seed(0))
+def test_encode_gives_the_codes_of_every_picture(tokenizer):
     pictures = torch.randint(
         256, (5, 3, 8, 8, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
     )

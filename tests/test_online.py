@@ -8,7 +8,6 @@ from delvm import fit, llama
 from delvm.images.scenes import Scenes
 from delvm.images.sources import Views
 from delvm.images.tasks import TaskConfig
-from delvm.tokenizer.training import TokenizerConfig, build
 from delvm.tokens.balance import TaskPlan
 from delvm.tokens.encoding import write_store
 from delvm.tokens.online import Encode, OnlineSentences
@@ -20,13 +19,6 @@ TASKS = {
     "pose": TaskConfig(scene="pose", samples=4, validation_samples=2, policy="pose"),
     "rain": TaskConfig(scene="deraining", samples=6, validation_samples=2, policy="restoration"),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    found = build(TokenizerConfig(num_codes=16, code_dim=4, channels=32), 8).eval()
-    torch.nn.init.normal_(found.codebook, generator=torch.Generator().manual_seed(0))
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -71,20 +71,18 @@ def write_store(
         for (task, split), numbers in todo.items():
             layout = layouts[task, split]
             if tasks[task].source in TOKEN_SOURCES:
-                for number in numbers:
-                    rows = lines.rows(tasks[task], split, seed, layout.shape[2:], layout.samples(number))
-                    layout.write_all([number], rows)
-                    bar.update(len(layout.samples(number)))
+                mine = set(numbers)
+                rows = lines.rows(tasks[task], split, seed, layout.shape[2:])
+                layout.write_all(numbers, (row for n, row in enumerate(rows) if n // layout.shard in mine))
+                bar.update(sum(len(layout.samples(number)) for number in numbers))
                 continue
             part = views[split][task]
             if tasks[task].source == "classes" and rank == 0:
                 layout.write_classes(part.classes())
-            items = [
-                sample * part.num_views + view
-                for number in numbers
-                for sample in layout.samples(number)
-                for view in range(part.num_views)
-            ]
+            ranges = [np.arange(layout.shard * part.num_views) + layout.samples(n).start * part.num_views
+                      for n in numbers]  # fmt: skip
+            items = np.concatenate([np.arange(0), *ranges])  # an array: there may be millions
+            items = items[items < len(part)]  # the last shard is shorter
             loader = DataLoader(Subset(part, items), batch_size=BATCH, num_workers=num_workers)
             layout.write_all(numbers, encode(tokenizer, loader, bar.update))
     if any(layout.missing() for layout in layouts.values()):

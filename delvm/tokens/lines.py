@@ -58,9 +58,7 @@ def split_lines(config: TaskConfig, split: str, seed: int) -> Iterator[tuple[str
     return islice(lines, limit or None)
 
 
-def rows(
-    config: TaskConfig, split: str, seed: int, shape: tuple[int, int], samples: range
-) -> Iterator[np.ndarray]:
-    """(1, pictures, tokens) of `samples` of a split, consecutive numbers. shape: (pictures, tokens)."""
-    for _, tokens in islice(split_lines(config, split, seed), samples.start, samples.stop):
+def rows(config: TaskConfig, split: str, seed: int, shape: tuple[int, int]) -> Iterator[np.ndarray]:
+    """(1, pictures, tokens) of every sample of a split. shape: (pictures, tokens)."""
+    for _, tokens in split_lines(config, split, seed):
         yield tokens.reshape(1, *shape)
