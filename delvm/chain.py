@@ -3,7 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from delvm.distill.module import Distill
 from delvm.errors import UserError
 from delvm.evaluate import likelihood, prompting
 from delvm.export import export
-from delvm.images.sources import SPLITS, Views, fingerprint, index_data, open_sources
+from delvm.images.sources import SPLITS, Views, fingerprint, index_data, num_pictures, open_sources
 from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
 from delvm.pretrain import Pretrain, PretrainConfig
 from delvm.recipe import Recipe
@@ -34,6 +34,7 @@ from delvm.tokens.store import TokenStore, open_store
 from delvm.training import Shuffled, discard_checkpoint, train
 
 ROLES = ("teacher", "scratch", "student")
+MOST_SAID = 10  # samples left out, by name
 
 
 class Run:
@@ -91,7 +92,7 @@ class Run:
         """Pairs and views -> token grids."""
         recipe = self.recipe
         tokenizer = Tokenizer.load(self.dir / "tokenizer").to(recipe.trainer.device())
-        views = {split: self.views(split, fresh=recipe.balance.online) for split in SPLITS}
+        views = {split: self.views(split, once=recipe.balance.online) for split in SPLITS}
         write_store(folder, tokenizer, recipe.tasks, self.manifest, views, seed=recipe.seed,
                     num_workers=recipe.trainer.num_workers)  # fmt: skip
         return {}
@@ -227,6 +228,7 @@ class Run:
     def index(self, folder: Path) -> dict[str, dict]:
         """List the samples in `folder`, every file read once."""
         recipe = self.recipe
+        self.check_plan()
         found = index_data(self.image_tasks, recipe.data, recipe.seed, folder)
         for task, config in self.token_tasks.items():
             found[task] = lines.index_lines(
@@ -244,12 +246,8 @@ class Run:
         """
         recipe = self.recipe
         self.manifest, self.listed = manifest, folder
-        samples = {
-            task: (config.num_frames(manifest[task]["pictures"]), manifest[task]["pictures"])
-            for task, config in recipe.tasks.items()
-        }
         try:
-            self.forms = sentences.find_forms(recipe.sentences, samples, self.num_tokens)
+            self.forms = self.find_forms({task: entry["pictures"] for task, entry in manifest.items()})
             self.length = row_length(recipe.sentences, self.forms)
             counts = {task: entry["train"] for task, entry in manifest.items()}
             tokens = {task: entry["pictures"] * self.num_tokens for task, entry in manifest.items()}
@@ -262,44 +260,78 @@ class Run:
             self.balance = balance.summary(self.plans, tokens)
         except ValueError as error:
             raise UserError(str(error)) from error
-        if recipe.balance.online and self.token_tasks:
-            raise UserError(
-                f"balance.online: tasks.{next(iter(self.token_tasks))} has no pictures to view anew"
-            )
-        if recipe.balance.online and {form.length for form in self.forms.values()} != {self.length}:
-            raise UserError("balance.online: a row must be a whole sentence; leave sentences.length at 0")
         for task, entry in manifest.items():
-            kind, shots = self.forms[task].kind, self.forms[task].shots
-            if kind == "category" and recipe.tasks[task].source != "classes":
-                raise UserError(f"sentences.kinds.{task}: 'category' needs source 'classes'")
+            shots = self.forms[task].shots
             if entry["validation"] < shots:  # a held-out query would have to be among its own examples
                 raise UserError(
                     f"tasks.{task}: {entry['validation']} held-out samples, a sentence shows {shots}"
                 )
         if say:
-            for entry in manifest.values():
-                for message in [*entry["skipped"], *entry["dropped"]]:
-                    console.console.print(f"left out: {message}", soft_wrap=True)
-            for task in self.token_tasks:
-                if plans[task].views > 1:
-                    console.console.print(
-                        f"tasks.{task}: tokens have no views, shown {plans[task].views} times instead"
-                    )
-            for task, (target, share) in balance.shortfalls(self.plans).items():
-                wanted = self.plans[task].wanted
-                console.console.print(
-                    f"tasks.{task}: {wanted} views wanted, cut by balance.max_views:"
-                    f" {share:.1%} of the tokens instead of {target:.1%}"
-                )
+            self.say_what_is_special(plans)
+
+    def say_what_is_special(self, plans: dict[str, balance.TaskPlan]) -> None:
+        """Print what was left out, and where the data do not give what was asked for."""
+        say = partial(console.console.print, soft_wrap=True)
+        left_out = [m for entry in self.manifest.values() for m in [*entry["skipped"], *entry["dropped"]]]
+        for message in left_out[:MOST_SAID]:
+            say(f"left out: {message}")
+        if len(left_out) > MOST_SAID:
+            say(f"left out: {len(left_out) - MOST_SAID} more, see manifest.json in {self.dir / 'data'}")
+        for task, form in self.forms.items():
+            if (count := plans[task].samples) < form.shots:
+                say(f"tasks.{task}: {count} training samples, a sentence shows {form.shots}: they repeat")
+            if form.length > self.length:
+                say(f"tasks.{task}: sentences of {form.length} tokens, cut into rows of {self.length}")
+            if task in self.token_tasks and plans[task].views > 1:
+                say(f"tasks.{task}: tokens have no views, shown {plans[task].views} times instead")
+        for task, (target, share) in balance.shortfalls(self.plans).items():
+            say(
+                f"tasks.{task}: {self.plans[task].wanted} views wanted, cut by balance.max_views:"
+                f" {share:.1%} of the tokens instead of {target:.1%}"
+            )
+
+    def find_forms(self, pictures: dict[str, int]) -> dict[str, sentences.Form]:
+        """The form of every task's sentences, from the pictures of a sample. Raises ValueError."""
+        recipe = self.recipe
+        samples = {t: (c.num_frames(pictures[t]), pictures[t]) for t, c in recipe.tasks.items()}
+        forms = sentences.find_forms(recipe.sentences, samples, self.num_tokens)
+        for task, form in forms.items():
+            if form.kind == "category" and recipe.tasks[task].source != "classes":
+                raise ValueError(f"sentences.kinds.{task}: 'category' needs source 'classes'")
+        if recipe.balance.online and self.token_tasks:
+            raise ValueError(
+                f"balance.online: tasks.{next(iter(self.token_tasks))} has no pictures to view anew"
+            )
+        if recipe.balance.online and {form.length for form in forms.values()} != {
+            row_length(recipe.sentences, forms)
+        }:
+            raise ValueError("balance.online: a row must be a whole sentence; leave sentences.length at 0")
+        return forms
+
+    def check_plan(self) -> None:
+        """Refuse what the first sample of every task shows to be impossible, before all of them are read."""
+        recipe = self.recipe
+        try:
+            pictures = {
+                task: lines.num_pictures(config, self.num_tokens, recipe.seed)
+                if task in self.token_tasks
+                else num_pictures(task, config, recipe.seed)
+                for task, config in recipe.tasks.items()
+            }
+            row_length(recipe.sentences, self.find_forms(pictures))
+            tokens = {task: number * self.num_tokens for task, number in pictures.items()}
+            balance.plan(dict.fromkeys(pictures, 1), tokens, recipe.balance)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def stored(self, plan: balance.TaskPlan) -> balance.TaskPlan:
         """The plan over what is stored: where views are drawn online, the samples alone."""
         return replace(plan, views=1) if self.recipe.balance.online else plan
 
-    def views(self, split: str, *, fresh: bool = False) -> dict[str, Views]:
+    def views(self, split: str, *, once: bool = False) -> dict[str, Views]:
         """The pictures of a split by task: training has the planned views, validation the samples alone.
 
-        Tasks that come as tokens have none. `fresh`: of training, too, the samples alone.
+        Tasks that come as tokens have none. `once`: training, too, has the samples alone.
         """
         recipe = self.recipe
         sources = open_sources(self.manifest, self.image_tasks, split, recipe.seed, self.listed)
@@ -309,7 +341,7 @@ class Run:
                 task,
                 recipe.tasks[task],
                 size=recipe.data.image_size,
-                num_views=self.plans[task].views if split == "train" and not fresh else 1,
+                num_views=self.plans[task].views if split == "train" and not once else 1,
                 seed=recipe.seed,
             )
             for task, source in sources.items()
@@ -378,7 +410,8 @@ class Run:
         self, name: str, module: Pretrain, steps: int, batch_size: int, seed: int, folder: Path
     ) -> dict:
         """Train on sentences drawn from `seed`, save as a transformers folder."""
-        store = open_store(self.dir / "tokens")
+        tokenizer = Tokenizer.load(self.dir / "tokenizer")
+        store = open_store(self.dir / "tokens", tokenizer=tokenizer.hash)
         recipe = self.recipe
         plans = {task: self.stored(plan) for task, plan in self.plans.items()}
         rows = TrainingSentences(
@@ -387,7 +420,7 @@ class Run:
         dataset: Dataset = rows
         if recipe.balance.online:
             dataset = OnlineSentences(rows, self.views("train"))
-            module.prepare = Encode(rows, Tokenizer.load(self.dir / "tokenizer"))
+            module.prepare = Encode(rows, tokenizer)
         pl.seed_everything(seed, verbose=False)
         self.train(name, module, dataset, steps, batch_size, clip=module.config.clip, folder=folder)
         llama.save(module.model.cpu(), folder)

@@ -192,7 +192,8 @@ class Progress(pl.Callback):
             signal.signal(*self._handlers.popitem())
 
 
-def _leave_stopping_to_us(worker: int) -> None:
+def leave_stopping_to_us(worker: int) -> None:
+    """For worker processes: the main process decides when to stop."""
     # Ctrl-C reaches every process of the terminal; a worker that dies of it would spoil the clean stop
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -236,7 +237,7 @@ def train(
         sampler=InOrder(steps * batch_size, batch_size, module),
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
-        worker_init_fn=_leave_stopping_to_us,
+        worker_init_fn=leave_stopping_to_us,
         collate_fn=getattr(dataset, "collate", None),  # a data set may make its batches itself
         # its own generator: the loader must not draw from the state that a restart restores
         generator=torch.Generator().manual_seed(0),

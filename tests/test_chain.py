@@ -1,5 +1,6 @@
 """The whole chain at micro size: what each stage leaves is what the next one and the user find."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -410,7 +411,7 @@ def test_tokens_of_other_projects_train_without_pictures(mixed, tmp_path, capsys
     assert fit.run(file, [f"run_dir={tmp_path / 'run'}"]) == 0
     assert "tasks.pairs: tokens have no views, shown 2 times instead" in capsys.readouterr().out
     store = open_store(tmp_path / "run" / "tokens")
-    held = [held_out(str(number), 0.4, 0) for number in range(1, 13)]
+    held = [held_out(hashlib.sha256(line.astype("<i8").tobytes()).hexdigest(), 0.4, 0) for line in lines]
     for split, side in (("train", False), ("validation", True)):
         rows = lines[np.array(held) == side]
         places = np.arange(len(rows))
@@ -437,3 +438,40 @@ def test_tokens_need_their_tokenizer(mixed, tmp_path, capsys):
         f"error: {file}: tasks.clips.source: 'lvm' are tokens; give their tokenizer as tokenizer.folder\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "sentences.kinds={grey: sequence}",
+            "sentences.kinds.grey: 'sequence' does not take samples of 1 x 2",
+        ),
+        ("sentences.shots={grey: 3}", "sentences.length: needed, the tasks' sentences differ in length"),
+        ("balance.floor=0.5", "balance.floor: 0.5 must be at most 1 / tasks"),
+    ],
+)
+def test_an_impossible_plan_is_told_before_all_is_read(micro, pairs, capsys, override, message):
+    (pairs / "images" / "9.jpg").write_bytes(b"no picture")  # what would be told after reading
+    assert fit.run(micro, [f"run_dir={micro.parent / 'run'}", override]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not (micro.parent / "run").exists()
+
+
+def test_what_is_special_is_said_and_not_too_much(micro, pairs, capsys):
+    for number in range(10):
+        write = Image.fromarray(np.full((20, 24, 3), 20 * number, np.uint8))
+        for copy in range(2):  # flat pictures, each twice: what is held out is left out
+            write.save(pairs / "images" / f"{number}-{copy}.png")
+            write.save(pairs / "annotations" / f"{number}-{copy}.png")
+    few = ["student=null", "scratch=null", "teacher=null", "sentences.length=40", "tasks.pose.samples=1",
+           "tokenizer.steps=1"]  # fmt: skip
+    assert fit.run(micro, [f"run_dir={micro.parent / 'run'}", *few]) == 0
+    said = capsys.readouterr().out
+    manifest = json.loads((micro.parent / "run" / "data" / "manifest.json").read_text())
+    dropped = manifest["grey"]["dropped"]
+    lines = [line for line in said.splitlines() if line.startswith("left out: ")]
+    assert lines[: chain.MOST_SAID] == [f"left out: {message}" for message in dropped[: chain.MOST_SAID]]
+    assert "is nearly" in dropped[0]
+    assert "tasks.pose: 1 training samples, a sentence shows 2: they repeat" in said
+    assert "tasks.grey: sentences of 66 tokens, cut into rows of 40" in said

@@ -8,8 +8,8 @@ import torch
 from delvm.images.scenes import Scenes
 from delvm.images.sources import SPLITS, Views
 from delvm.images.tasks import TaskConfig
-from delvm.tokens import store
-from delvm.tokens.encoding import encode, write_store
+from delvm.tokens import encoding, store
+from delvm.tokens.encoding import encode, encode_pictures, write_store
 from delvm.tokens.formats import write_lvm
 from delvm.tokens.store import open_store
 
@@ -105,6 +105,17 @@ def test_what_is_there_is_kept(tmp_path, tokenizer):
     different = {str(name) for name in expected if again[name] != expected[name]}
     assert different == {"pose.train/00000.npy", "manifest.json"}  # its checksum
     assert json.loads((folder / "manifest.json").read_text())["tasks"]["lines"]["source"] == "lvm"
+
+
+def test_clips_are_encoded_in_parts_that_fit(tokenizer, monkeypatch):
+    clips = torch.randint(256, (2, 7, 8, 8, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    whole = encode_pictures(tokenizer, clips)
+    sizes = []
+    encode_one = tokenizer.encode
+    monkeypatch.setattr(encoding, "BATCH", 4)
+    monkeypatch.setattr(tokenizer, "encode", lambda part: sizes.append(len(part)) or encode_one(part))
+    assert torch.equal(encode_pictures(tokenizer, clips), whole)
+    assert sizes == [4, 4, 4, 2]
 
 
 def test_encode_gives_the_codes_of_every_picture(tokenizer):

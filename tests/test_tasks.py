@@ -93,6 +93,16 @@ def test_the_source_follows_from_what_is_given(settings, source):
         (_kind("coco", radius=-1), "radius: -1 must be at least 0"),
         (_kind("coco", thickness=0), "thickness: 0 must be at least 1"),
         (_kind("video", frames=-1), "frames: -1 must be at least 0"),
+        *(
+            (
+                task | {"policy": policy},
+                f"policy: '{policy}' mirrors skeletons but not the colours of left and right limbs;"
+                " choices: none, pose",
+            )
+            for task in (_kind("coco"), SCENE)
+            for policy in ("crops", "geometric", "segmentation", "restoration")
+        ),
+        (_kind("lvm", policy="crops"), "policy: 'crops' needs pictures, source 'lvm' has tokens"),
         (_kind("video", stride=0), "stride: 0 must be at least 1"),
         (_kind("video", random_stride=-1), "random_stride: -1 must be at least 0"),
         (_kind("video", stride=2, random_stride=4), "stride, random_stride: exclude each other"),
@@ -230,6 +240,12 @@ def test_task_settings_that_are_taken():
     TaskConfig(**SCENE, policy="pose", nearest=True)
     for source in ("list", "sa1b"):  # they bring their annotations
         TaskConfig(**_kind(source, nearest=True))
+
+
+def test_skeletons_have_a_policy_of_their_own():
+    assert TaskConfig(**_kind("coco")).policy == TaskConfig(**SCENE).policy == "pose"
+    assert TaskConfig(**_kind("coco", draw="masks")).policy == "crops"
+    assert TaskConfig(**_kind("coco", draw="masks", policy="geometric")).policy == "geometric"
 
 
 def test_frames_of_a_sample():

@@ -131,8 +131,8 @@ def test_the_views_of_every_task(micro, tmp_path, monkeypatch):
     assert run_tool(show_augment, monkeypatch, micro, out, "--views", 3, *policies) == 0
     side, gap, line = show_augment.SIDE, show_augment.GAP, show_augment.LINE
     found = np.asarray(Image.open(out))
-    # restoration does not go with segmentation's labels: five rows of an image and an annotation
-    assert found.shape == (5 * (line + 2 * (side + gap) + gap), gap + 3 * (side + gap), 3)
+    # restoration goes neither with segmentation's labels nor with skeletons: four rows of two pictures
+    assert found.shape == (4 * (line + 2 * (side + gap) + gap), gap + 3 * (side + gap), 3)
     # under `none` every view is the sample itself
     first, second = (found[line : line + side, left : left + side] for left in (gap, 2 * gap + side))
     np.testing.assert_array_equal(first, second)

@@ -42,7 +42,8 @@ def show(run: chain.Run, found: dict[str, dict[str, balance.TaskPlan]]) -> None:
         rows, disk, total = [], 0, 0
         for task, plan in tasks.items():
             tokens = run.manifest[task]["pictures"] * run.num_tokens
-            grid = plan.samples * plan.views * tokens * bytes_a_code
+            views = 1 if run.recipe.balance.online or task in run.token_tasks else plan.views
+            grid = (plan.samples * views + run.manifest[task]["validation"]) * tokens * bytes_a_code
             disk, total = disk + grid, total + plan.draws * tokens
             rows.append((task, plan.samples, plan.views, plan.draws, plan.draws * tokens,
                          f"{plan.target:.1%}", f"{plan.share:.1%}", f"{grid / 1e6:,.2f} MB"))  # fmt: skip
@@ -89,6 +90,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path)
     options = parser.parse_intermixed_args()
+    if options.out and options.out.suffix.lower() not in (".png", ".jpg"):
+        parser.error(f"--out: '{options.out}' must end in .png or .jpg")
     try:
         run = chain.Run(recipes.load(options.recipe, options.overrides))
         with TemporaryDirectory() as folder:

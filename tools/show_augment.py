@@ -29,7 +29,7 @@ SIDE, GAP, LINE = 96, 4, 16  # pixels of a picture, between two, of a line of te
 def rows(run: chain.Run, policies: list[str], views: int, sample: int) -> list[tuple[str, np.ndarray]]:
     """(caption, pictures of one sample's views: (views, pictures, H, W, 3) uint8), by task and policy."""
     recipe, found = run.recipe, []
-    sources = open_sources(run.manifest, recipe.tasks, "train", recipe.seed, run.listed)
+    sources = open_sources(run.manifest, run.image_tasks, "train", recipe.seed, run.listed)
     for task, source in sources.items():
         for policy in policies or [recipe.tasks[task].policy]:
             try:

@@ -2,24 +2,25 @@
 
 import functools
 import glob
-import io
 import json
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 
 from delvm.errors import UserError
 from delvm.images.annotate import distinct_colours, paint_masks
 from delvm.images.coco import DAMAGED, decode_segmentation, reason
-from delvm.images.files import Entry, Sample
+from delvm.images.files import Entry, Sample, decode_picture
 
 CROP = 800
 """Side of a crop, in pixels (Guo et al., ICML 2024); the shorter side of a photograph that is smaller."""
 NUM_CROPS = 6
+PAINTING = threading.Lock()
 WHOLE = -1
 """Number of a crop that is the whole photograph."""
 
@@ -79,7 +80,8 @@ class Sa1b:
             UserError: an unreadable photograph or JSON, a mask that is damaged or of another size.
         """
         *place, number = entry
-        picture, annotation = paint(*place, seed=self.seed)
+        with PAINTING:  # one of several threads paints, the others find it painted
+            picture, annotation = paint(*place, seed=self.seed)
         where = (slice(None), slice(None)) if number == WHOLE else crop(picture.shape[:2], number)
         return [picture[where].copy(), annotation[where].copy()]
 
@@ -123,11 +125,7 @@ def paint(
             text = file.read(json_size)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    try:
-        with Image.open(io.BytesIO(jpg)) as opened:
-            picture = np.asarray(opened.convert("RGB"))
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise UserError(f"{path}: {stem}.jpg: unreadable picture ({error})") from error
+    picture = decode_picture(BytesIO(jpg), f"{path}: {stem}.jpg")
     height, width = picture.shape[:2]
     try:
         segmentations = [annotation["segmentation"] for annotation in json.loads(text)["annotations"]]

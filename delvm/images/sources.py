@@ -62,6 +62,19 @@ def split_samples(task: str, config: TaskConfig, seed: int) -> Iterator[tuple[st
                 raise UserError(f"tasks.{task}: no {split} samples ({listed} in all in '{where}')")
 
 
+def num_pictures(task: str, config: TaskConfig, seed: int) -> int:
+    """Pictures of a sample, by the first that can be read. Raises UserError where there is none."""
+    if config.source == "scene":
+        return 2
+    first: UserError | None = None
+    for _, storage, entry in itertools.islice(split_samples(task, config, seed), 64):
+        try:
+            return len(storage.read(entry)) + bool(config.make)
+        except UserError as error:
+            first = first or error
+    raise UserError(f"tasks.{task}: none of the first samples can be read, first: {first}")
+
+
 def _list_entries(storage: Storage, task: str, prefix: str) -> Iterator[Entry]:
     try:
         yield from storage.entries()
@@ -82,8 +95,8 @@ def index_task(task: str, config: TaskConfig, data: DataConfig, seed: int, folde
         UserError: as `split_samples`; an unreadable sample under `stop`; under `skip` none that is readable.
     """
     samples = split_samples(task, config, seed)
-    # the clean photograph: rain hides which one it is
-    look = functools.partial(_look, clean=-1 if config.policy in JOINT_COLOUR else 0)
+    # the clean photograph, an annotation here: rain hides which one it is
+    look = functools.partial(_look, clean=1 if config.policy in JOINT_COLOUR else 0)
     skipped: list[str] = []
     pictures = 0
     with (
@@ -98,7 +111,8 @@ def index_task(task: str, config: TaskConfig, data: DataConfig, seed: int, folde
                 if isinstance(seen, UserError):
                     if data.unreadable == "stop":
                         raise UserError(f"{seen}; data.unreadable=skip leaves such samples out")
-                    skipped.append(str(seen))
+                    # a file's name may be no Unicode, which nothing prints
+                    skipped.append(str(seen).encode(errors="backslashreplace").decode())
                     continue
                 number, thumbnail = seen
                 if config.make and number > 1:
@@ -116,7 +130,9 @@ def index_task(task: str, config: TaskConfig, data: DataConfig, seed: int, folde
         counts = {split: len(entries) for split, entries in lists.items()}
     for split, count in counts.items():
         if not count:
-            raise UserError(f"tasks.{task}: no readable {split} samples, {len(skipped)} skipped")
+            raise UserError(
+                f"tasks.{task}: no readable {split} samples, {len(skipped)} skipped, first: {skipped[0]}"
+            )
     return {**counts, "pictures": pictures + bool(config.make), "skipped": skipped}
 
 
@@ -127,7 +143,7 @@ def _look(item: tuple[str, Storage, Entry], clean: int) -> tuple[int, np.ndarray
         sample = storage.read(entry)
     except UserError as error:
         return error
-    return len(sample), duplicates.thumbnail(sample[clean])
+    return len(sample), duplicates.thumbnail(sample[min(clean, len(sample) - 1)])
 
 
 def index_data(tasks: Mapping[str, TaskConfig], data: DataConfig, seed: int, folder: Path) -> dict:
@@ -267,6 +283,7 @@ class Views(Dataset):
     ) -> None:
         self.samples, self.config = samples, config
         self.size, self.num_views, self.seed = size, num_views, (seed, zlib.crc32(task.encode()))
+        self._place, self._sample = -1, Sample()  # read last: its views are asked for one after the other
 
     def __len__(self) -> int:
         return len(self.samples) * self.num_views
@@ -282,7 +299,9 @@ class Views(Dataset):
 
     def view(self, place: int, number: int) -> torch.Tensor:
         """View `number` of the sample at `place`; there are more than are stored."""
-        sample = self.samples[place]
+        if place != self._place:
+            self._place, self._sample = place, self.samples[place]
+        sample = self._sample
         seed = (*self.seed, place, number)
         pictures = view(
             sample,

@@ -13,6 +13,7 @@ from delvm.images.sa1b import Sa1b
 from delvm.images.scenes import SCENES
 from delvm.images.video import Video
 
+SKELETON_POLICIES = ("none", "pose")
 VIDEO_FRAMES = 16  # as LVM has them (Bai et al. 2023)
 
 
@@ -58,11 +59,11 @@ class TaskConfig:
     make: str = ""
     """A name from `delvm.images.degrade.MAKERS`: image and annotation are made of views of a photograph."""
     samples: int = 0
-    """Training samples of a scene; of other sources, use only the first so many (0: all)."""
+    """Training samples of a scene; of other sources, the first so many as they are listed (0: all)."""
     validation_samples: int = 0
     """Held-out samples, as `samples`."""
-    policy: str = "crops"
-    """How views are made; a name from `delvm.images.augment.POLICIES`."""
+    policy: str = ""
+    """How views are made, from `delvm.images.augment.POLICIES`; empty: `crops`, for skeletons `pose`."""
     nearest: bool = False
     """The annotations' colours are labels: resample them to the nearest pixel, never mix."""
     draw: str = "skeletons"
@@ -83,6 +84,10 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         self.source = self.source or ("scene" if self.scene else "pairs" if self.annotations else "pictures")
+        skeletons = self.scene == "pose" or (self.source == "coco" and self.draw == "skeletons")
+        if self.policy and self.source in TOKEN_SOURCES:
+            raise ValueError(f"policy: '{self.policy}' needs pictures, source '{self.source}' has tokens")
+        self.policy = self.policy or ("pose" if skeletons else "crops")
         tables = {
             "source": (*SOURCES, "scene", *TOKEN_SOURCES),
             "policy": POLICIES,
@@ -97,6 +102,11 @@ class TaskConfig:
             others = ", ".join(name for name in POLICIES if name not in JOINT_COLOUR)
             raise ValueError(
                 f"policy: '{self.policy}' changes the colours that nearest keeps as labels; choices: {others}"
+            )
+        if skeletons and self.policy not in SKELETON_POLICIES:
+            raise ValueError(
+                f"policy: '{self.policy}' mirrors skeletons but not the colours of left and right limbs;"
+                f" choices: {', '.join(SKELETON_POLICIES)}"
             )
         least = {"samples": 0, "validation_samples": 0, "radius": 0, "thickness": 1, "stride": 1,
                  "random_stride": 0, "frames": 0}  # fmt: skip

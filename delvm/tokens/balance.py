@@ -25,8 +25,8 @@ class BalanceConfig:
 
     strategy: str = "augment"
     """`augment` (views), `resample` (the same samples again, every one as often), `mixture` (the same samples
-    again, drawn in the target's proportions) or `none` (as the data come; ignores every other key, head_views
-    too, so that a recipe is switched off with this one)."""
+    again, drawn in the target's proportions) or `none` (as the data come; ignores every key but `online`,
+    head_views too, so that a recipe is switched off with this one)."""
     alpha: float = 0.0
     """Target shares go by tokens ** alpha: from 0 (equal) to 1 (as the data come); 1/T of a temperature T."""
     floor: float = 0.0

@@ -14,8 +14,9 @@ from delvm.tokenizer import Tokenizer
 from delvm.tokenizer.training import to_pictures
 from delvm.tokens import lines
 from delvm.tokens.store import Layout, code_dtype, write_manifest
+from delvm.training import leave_stopping_to_us
 
-BATCH = 64  # samples
+BATCH = 128  # pictures
 
 
 def encode(
@@ -27,10 +28,16 @@ def encode(
     many.
     """
     for batch in batches:
-        with torch.inference_mode():
-            codes = tokenizer.encode(to_pictures(batch.to(tokenizer.codebook.device)))
+        codes = encode_pictures(tokenizer, batch.to(tokenizer.codebook.device))
         progress(len(batch))
-        yield codes.reshape(*batch.shape[:2], -1).cpu().numpy()
+        yield codes.cpu().numpy()
+
+
+def encode_pictures(tokenizer: Tokenizer, pictures: torch.Tensor) -> torch.Tensor:
+    """(batch, images, H, W, 3) uint8 -> (batch, images, tokens) int64, so many at a time that they fit."""
+    with torch.inference_mode():
+        parts = [tokenizer.encode(to_pictures(part)) for part in pictures.flatten(0, 1).split(BATCH)]
+        return torch.cat(parts).view(*pictures.shape[:2], -1)
 
 
 def write_store(
@@ -69,6 +76,8 @@ def write_store(
     total = sum(len(layouts[p].samples(n)) * layouts[p].shape[1] for p, found in todo.items() for n in found)
     with tqdm(total=total, desc="tokens", unit="view") as bar:
         for (task, split), numbers in todo.items():
+            if not numbers:
+                continue
             layout = layouts[task, split]
             if tasks[task].source in TOKEN_SOURCES:
                 mine = set(numbers)
@@ -81,9 +90,13 @@ def write_store(
                 layout.write_classes(part.classes())
             ranges = [np.arange(layout.shard * part.num_views) + layout.samples(n).start * part.num_views
                       for n in numbers]  # fmt: skip
-            items = np.concatenate([np.arange(0), *ranges])  # an array: there may be millions
+            items = np.concatenate(ranges)  # an array: there may be millions
             items = items[items < len(part)]  # the last shard is shorter
-            loader = DataLoader(Subset(part, items), batch_size=BATCH, num_workers=num_workers)
+            loader = DataLoader(
+                Subset(part, items),  # type: ignore[arg-type]  # an array indexes as well
+                batch_size=max(1, BATCH // layout.shape[2]), num_workers=num_workers,
+                worker_init_fn=leave_stopping_to_us,
+            )  # fmt: skip
             layout.write_all(numbers, encode(tokenizer, loader, bar.update))
     if any(layout.missing() for layout in layouts.values()):
         return  # other processes are at them

@@ -1,5 +1,6 @@
 """Token files of other projects -> a task's samples as rows of codes, split like those of pictures."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -45,17 +46,30 @@ def index_lines(task: str, config: TaskConfig, *, tokens_per_image: int, num_cod
     return {**counts, "pictures": pictures, "skipped": [], "dropped": []}
 
 
+def num_pictures(config: TaskConfig, tokens_per_image: int, seed: int) -> int:
+    """Pictures of a line, by the first line of any split."""
+    first = next((tokens for split in SPLITS for _, tokens in split_lines(config, split, seed)), None)
+    return 1 if first is None else max(1, len(first) // tokens_per_image)
+
+
 def split_lines(config: TaskConfig, split: str, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(file and line, tokens) of one split, read one by one, at most `samples` or `validation_samples`."""
+    """(file and line, tokens) of one split, read one by one, at most `samples` or `validation_samples`.
+
+    Lines are held out by what they hold: equal ones fall on the same side.
+    """
     apart = bool(config.validation_images)
     file = config.validation_images if apart and split == "validation" else config.images
     limit = config.validation_samples if split == "validation" else config.samples
     lines = (
         (f"{file}, line {number}", tokens)
         for number, tokens in enumerate(READERS[config.source](Path(file).expanduser()), 1)
-        if apart or SPLITS[held_out(str(number), config.validation_fraction, seed)] == split
+        if apart or SPLITS[held_out(_digest(tokens), config.validation_fraction, seed)] == split
     )
     return islice(lines, limit or None)
+
+
+def _digest(tokens: np.ndarray) -> str:
+    return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
 
 
 def rows(config: TaskConfig, split: str, seed: int, shape: tuple[int, int]) -> Iterator[np.ndarray]:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from delvm.images.sources import Views
 from delvm.tokenizer import Tokenizer
-from delvm.tokenizer.training import to_pictures
+from delvm.tokens.encoding import encode_pictures
 from delvm.tokens.rows import TrainingSentences
 
 
@@ -50,6 +50,6 @@ class Encode:
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`pictures` (rows, images, size, size, 3) uint8 and `task` (rows,) -> `tokens`, perhaps `labels`."""
         pictures = batch["pictures"]
-        codes = self.tokenizer.to(pictures.device).encode(to_pictures(pictures)).view(len(pictures), -1)
+        codes = encode_pictures(self.tokenizer.to(pictures.device), pictures).flatten(1)
         rows = self.rows.batch(codes.cpu().numpy(), batch["task"].cpu().numpy())
         return {key: part.to(pictures.device) for key, part in rows.items()}

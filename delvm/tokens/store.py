@@ -19,7 +19,7 @@ import numpy as np
 from delvm.errors import UserError
 
 SPLITS = ("train", "validation")
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 256 << 20
 
 
 class Grid:
@@ -197,7 +197,7 @@ def _digest(file: Path) -> str:
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Write `manifest.json`, the last file of a store."""
-    partial = folder / ".manifest.json.partial"
+    partial = folder / f".manifest.json.{os.getpid()}.partial"
     partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / "manifest.json")
 
