@@ -132,7 +132,7 @@ class Run:
         tokenizer = Tokenizer.load(self.dir / "tokenizer").to(device)
         store = open_store(self.dir / "tokens", tokenizer=tokenizer.hash)
         count = recipe.sentences.validation
-        held_out = sentences.validation_sentences(store, self.forms, count, recipe.seed)
+        held_out = sentences.validation_sentences(store, self.forms, recipe.sentences, recipe.seed)
         roles = {task: form.roles for task, form in self.forms.items()}
         scores: dict[str, dict] = {}
         pictures = self.prompt_pictures(store, tokenizer)
@@ -295,6 +295,7 @@ class Run:
         recipe = self.recipe
         samples = {t: (c.num_frames(pictures[t]), pictures[t]) for t, c in recipe.tasks.items()}
         forms = sentences.find_forms(recipe.sentences, samples, self.num_tokens)
+        recipe.sentences.ends(self.num_codes)
         for task, form in forms.items():
             if form.kind == "category" and recipe.tasks[task].source != "classes":
                 raise ValueError(f"sentences.kinds.{task}: 'category' needs source 'classes'")
@@ -388,8 +389,8 @@ class Run:
 
     @property
     def vocabulary(self) -> int:
-        """Ids of the models: the codes, then BOS and EOS where sentences have them."""
-        return self.num_codes + 2 * self.recipe.sentences.specials
+        """Ids of the models: the codes, and BOS and EOS where sentences have them."""
+        return max(self.num_codes - 1, *(self.recipe.sentences.ends(self.num_codes) or (0,))) + 1
 
     def model_config(self, role: str) -> PretrainConfig:
         """The size, steps and batches of a role; the scratch control has the student's."""
@@ -399,11 +400,11 @@ class Run:
 
     def new_model(self, size: str, seed: int) -> Any:
         """An untrained model over the tokenizer's codes, BOS and EOS."""
-        codes, specials = self.num_codes, self.recipe.sentences.specials
+        bos, eos = self.recipe.sentences.ends(self.num_codes) or (None, None)
         positions = max(self.length, *(form.length for form in self.forms.values()))
         return llama.build(
             size, self.vocabulary, positions,
-            bos=codes if specials else None, eos=codes + 1 if specials else None, seed=seed,
+            bos=bos, eos=eos, seed=seed,
         )  # fmt: skip
 
     def train_model(

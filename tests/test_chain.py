@@ -109,7 +109,7 @@ def test_the_grids_are_the_codes_of_the_views(finished, run):
 
 def test_scores_are_those_of_the_saved_models_on_held_out_sentences(metrics, run, finished):
     store, forms = open_store(run / "tokens"), opened(finished).forms
-    held = sentences.validation_sentences(store, forms, 5, 0)
+    held = sentences.validation_sentences(store, forms, sentences.SentencesConfig(validation=5), 0)
     roles = {task: form.roles for task, form in forms.items()}
     for role in chain.ROLES:
         model = AutoModelForCausalLM.from_pretrained(run / role)
@@ -456,6 +456,14 @@ def test_an_impossible_plan_is_told_before_all_is_read(micro, pairs, capsys, ove
     assert fit.run(micro, [f"run_dir={micro.parent / 'run'}", override]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
     assert not (micro.parent / "run").exists()
+
+
+def test_special_ids_of_ones_own(micro):
+    few = ["student=null", "scratch=null", "teacher.size=micro", "teacher.steps=1", "tokenizer.steps=1"]
+    run_dir = micro.parent / "run"
+    assert fit.run(micro, [f"run_dir={run_dir}", *few, "sentences.bos=115", "sentences.eos=20"]) == 0
+    config = llama.load(run_dir / "teacher").config
+    assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (116, 115, 20)
 
 
 def test_what_is_special_is_said_and_not_too_much(micro, pairs, capsys):

@@ -293,13 +293,13 @@ def test_validation_is_fixed_and_real():
     shapes = {"pairs": PAIRS, "film": FILM, "many": (6, 2, 1, 4)}
     config = SentencesConfig(pairs=3, validation=4)
     store, forms = tiny_store(shapes), tiny_forms(shapes, config)
-    held = validation_sentences(store, forms, 4, 0)
+    held = validation_sentences(store, forms, config, 0)
     assert {task: tuple(rows.shape) for task, rows in held.items()} == {
         "pairs": (4, 14),
         "film": (4, 14),
         "many": (4, 26),
     }
-    again, other = validation_sentences(store, forms, 4, 0), validation_sentences(store, forms, 4, 1)
+    again, other = (validation_sentences(store, forms, config, seed) for seed in (0, 1))
     for index, (task, rows) in enumerate(held.items()):
         assert rows.dtype == torch.int64
         assert torch.equal(rows, again[task])
@@ -316,9 +316,9 @@ def test_validation_is_fixed_and_real():
 def test_validation_of_a_category():
     labels = np.repeat([0, 1, 2], 4)
     shapes = {"task": (12, 1, 1, 1)}
-    config = SentencesConfig(kinds={"task": "category"}, shots={"task": 4}, per_class=2)
+    config = SentencesConfig(kinds={"task": "category"}, shots={"task": 4}, per_class=2, validation=10)
     store, forms = tiny_store(shapes, {"task": labels}), tiny_forms(shapes, config)
-    for row in validation_sentences(store, forms, 10, 0)["task"].tolist():
+    for row in validation_sentences(store, forms, config, 0)["task"].tolist():
         found = labels[[sample for sample, _ in samples_of(row, 1)]]
         assert found[0] == found[1] != found[2] == found[3]
 
@@ -404,3 +404,38 @@ def test_kinds_that_do_not_fit_the_samples(sample, values, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the whole message is compared
         tiny_forms({"pose": (8, 1, *sample)}, SentencesConfig(**values))
     assert str(error.value) == message
+
+
+# --- special ids
+
+
+def test_special_ids_follow_the_codes_or_are_given():
+    assert SentencesConfig().ends(8192) == (8192, 8193)
+    assert SentencesConfig(bos=8290, eos=8200).ends(8192) == (8290, 8200)
+    assert SentencesConfig(eos=9000).ends(8192) == (8192, 9000)
+    assert SentencesConfig(specials=False, bos=5).ends(8192) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bos": 8191}, "sentences.bos: 8191 is a code, there are 8192"),
+        ({"eos": 0}, "sentences.eos: 0 is a code, there are 8192"),
+        ({"eos": 8192}, "sentences.bos, sentences.eos: both are 8192"),
+    ],
+)
+def test_special_ids_that_cannot_be(values, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        SentencesConfig(**values).ends(8192)
+
+
+def test_sentences_have_the_special_ids_that_are_given():
+    config = SentencesConfig(validation=3, bos=BOS + 7, eos=BOS + 3)
+    store, forms = tiny_store({"task": PAIRS}), tiny_forms({"task": PAIRS}, config)
+    usual = validation_sentences(store, forms, SentencesConfig(validation=3), 0)["task"]
+    found = validation_sentences(store, forms, config, 0)["task"]
+    assert torch.equal(found[:, 1:-1], usual[:, 1:-1])
+    assert set(found[:, 0].tolist()) == {BOS + 7}
+    assert set(found[:, -1].tolist()) == {BOS + 3}
+    row = tiny_dataset({"task": PAIRS}, bos=BOS + 7, eos=BOS + 3)[0]["tokens"]
+    assert (int(row[0]), int(row[-1])) == (BOS + 7, BOS + 3)

@@ -44,12 +44,12 @@ def complete_queries(folder: Path, queries: list[Path]) -> dict[str, list[list[P
     run = chain.Run(recipe)
     run.open_data(json.loads((folder / "data" / "manifest.json").read_text()), folder / "data", say=False)
     rows: dict[str, list[list[Picture]]] = {}
-    for task, sentences in validation_sentences(store, run.forms, 1, recipe.seed).items():
+    for task, sentences in validation_sentences(store, run.forms, recipe.sentences, recipe.seed).items():
         if run.forms[task].kind != "pairs":
             continue
         # the first held-out sentence up to the last pair, then a query of one's own
         end = len(sentences[0]) - recipe.sentences.specials - 2 * store.tokens_per_image
-        prompts = torch.cat([sentences[:, :end].expand(len(codes), -1), codes], 1)
+        prompts = torch.cat([sentences[:1, :end].expand(len(codes), -1), codes], 1)
         rows[task] = [[("query", picture)] for picture in views]
         for role in run.models:
             found = complete(

@@ -76,7 +76,7 @@ class TrainingSentences(Dataset):
         self.tokens_per_epoch = sum(n * f.length for n, f in zip(self._counts, self._forms, strict=True))
         self.whole = {form.length for form in self._forms} == {self.length}
         """Whether every row is one sentence."""
-        self._bos = store.num_codes if config.specials else None
+        self._ends = config.ends(store.num_codes)
         stop = config.boundaries == "stop" and not self.whole
         num_keys = 3 if stop else 1 if all_targets else 2
         self._keys = ("tokens", "labels", "positions")[:num_keys]
@@ -127,7 +127,7 @@ class TrainingSentences(Dataset):
 
     def _whole_rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """`_whole_row` of many, those of one epoch and task read at once."""
-        tokens, body = framed(len(indices), self.length, self._bos)
+        tokens, body = framed(len(indices), self.length, self._ends)
         tasks = np.empty(len(indices), np.int64)
         numbers, sentences = np.divmod(indices, self.sentences_per_epoch)
         for number in set(numbers.tolist()):
@@ -160,7 +160,7 @@ class TrainingSentences(Dataset):
 
         codes: (rows, images * tokens) integers; tasks: (rows,), their indices.
         """
-        tokens, body = framed(len(codes), self.length, self._bos)
+        tokens, body = framed(len(codes), self.length, self._ends)
         body[:] = codes
         return _tensors(self._labelled(tokens, tasks))
 
@@ -185,7 +185,7 @@ class TrainingSentences(Dataset):
         """The task's index and the tokens, (its length,) int64, of a sentence of an epoch."""
         task = epoch.tasks[place]
         form, places = self._forms[task], epoch.places[task][epoch.numbers[place]]
-        sentences, body = framed(1, form.length, self._bos)
+        sentences, body = framed(1, form.length, self._ends)
         body[0] = self._grids[task].take(places, form.run).reshape(-1)
         return task, sentences[0]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from delvm.tokens.balance import TaskPlan
-from delvm.tokens.store import TokenStore
+from delvm.tokens.store import Grid, TokenStore
 
 SPECIAL, IMAGE, ANNOTATION = 0, 1, 2
 
@@ -73,13 +73,31 @@ class SentencesConfig:
     per_class: int = 4
     """Samples of one class that stand together in a sentence of kind `category`."""
     specials: bool = True
-    """BOS and EOS around each sentence (ids `num_codes` and `num_codes + 1`); DeLVM has none."""
+    """BOS and EOS around each sentence; DeLVM has none."""
+    bos: int = -1
+    """Their ids, above every code; -1: the two that follow the codes."""
+    eos: int = -1
     length: int = 0
     """Tokens of a row; sentences lie in it end to end, cut where it ends. 0: a row is one whole sentence."""
     boundaries: str = "stop"
     """Where a sentence ends inside a row, attention and positions `stop`, or they `run_on` (DeLVM, LVM)."""
     supervise: str = "all"
     """Targets of training: `all` tokens, or those of `annotations` alone."""
+
+    def ends(self, num_codes: int) -> tuple[int, int] | None:
+        """The ids of BOS and EOS, or None. Raises ValueError where one of them is a code, or both are one."""
+        if not self.specials:
+            return None
+        bos, eos = (
+            (num_codes if self.bos == -1 else self.bos),
+            (num_codes + 1 if self.eos == -1 else self.eos),
+        )
+        for key, special in (("bos", bos), ("eos", eos)):
+            if special < num_codes:
+                raise ValueError(f"sentences.{key}: {special} is a code, there are {num_codes}")
+        if bos == eos:
+            raise ValueError(f"sentences.bos, sentences.eos: both are {bos}")
+        return bos, eos
 
     def __post_init__(self) -> None:
         for key in ("pairs", "validation", "per_class"):
@@ -110,6 +128,7 @@ class Form:
     tokens: int
     """Of one picture."""
     specials: bool
+    """Whether BOS and EOS stand around it."""
 
     @property
     def images(self) -> int:
@@ -262,29 +281,29 @@ def drawn_by_class(
     return samples.reshape(-1), rng.integers(plan.views, size=samples.size)
 
 
-def compose(store: TokenStore, split: str, task: str, form: Form, picks: np.ndarray) -> np.ndarray:
+def compose(grid: Grid, form: Form, picks: np.ndarray, ends: tuple[int, int] | None) -> np.ndarray:
     """Sentences of one task from what stands in them.
 
-    picks: (sentences, images, 3) int64, the (sample, view, picture) of every picture.
+    picks: (sentences, images, 3) int64, the (sample, view, picture) of every picture. ends: ids of BOS, EOS.
 
     Returns:
         (sentences, form.length) int64.
     """
-    codes = store.grids[split][task].gather(picks[..., 0], picks[..., 1], picks[..., 2])
-    sentences, body = framed(len(picks), form.length, store.num_codes if form.specials else None)
+    codes = grid.gather(picks[..., 0], picks[..., 1], picks[..., 2])
+    sentences, body = framed(len(picks), form.length, ends)
     body[:] = codes.reshape(len(picks), -1)
     return sentences
 
 
-def framed(count: int, length: int, bos: int | None) -> tuple[np.ndarray, np.ndarray]:
+def framed(count: int, length: int, ends: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
     """(count, length) int64 sentences, and the part of them that codes are to be written to.
 
-    That is what stands between BOS and EOS, the ids `bos` and `bos + 1`; all, where `bos` is None.
+    That is what stands between `ends`, BOS and EOS; all of it, where there are none.
     """
     sentences = np.empty((count, length), np.int64)
-    if bos is None:
+    if ends is None:
         return sentences, sentences
-    sentences[:, 0], sentences[:, -1] = bos, bos + 1
+    sentences[:, 0], sentences[:, -1] = ends
     return sentences, sentences[:, 1:-1]
 
 
@@ -300,12 +319,12 @@ def validation_picks(
 
 
 def validation_sentences(
-    store: TokenStore, forms: Mapping[str, Form], count: int, seed: int
+    store: TokenStore, forms: Mapping[str, Form], config: SentencesConfig, seed: int
 ) -> dict[str, torch.Tensor]:
-    """The fixed held-out sentences, `{task: (count, length) int64}`: real samples, the first view."""
-    sentences = {}
+    """The fixed held-out sentences, `{task: (config.validation, length) int64}`: real samples, view 0."""
+    ends, sentences = config.ends(store.num_codes), {}
     for index, (task, grid) in enumerate(store.grids["validation"].items()):
         classes = store.classes["validation"].get(task)
-        picks = validation_picks(forms[task], len(grid), count, seed, index, classes)
-        sentences[task] = torch.from_numpy(compose(store, "validation", task, forms[task], picks))
+        picks = validation_picks(forms[task], len(grid), config.validation, seed, index, classes)
+        sentences[task] = torch.from_numpy(compose(grid, forms[task], picks, ends))
     return sentences
