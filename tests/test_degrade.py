@@ -20,6 +20,7 @@ from delvm.images.degrade import (
     motion_blur,
     noise,
     rain,
+    ranges_of,
 )
 
 SHAPES = [(8, 8), (9, 40), (64, 48), (96, 131)]
@@ -32,6 +33,35 @@ def photograph(height: int, width: int) -> np.ndarray:
 
 def found(picture: np.ndarray) -> set[int]:
     return set(np.unique(picture).tolist())
+
+
+def test_ranges_are_drawn_from():
+    photo = np.full((64, 64, 3), 120, np.uint8)
+    assert ranges_of("rain") == {
+        "streaks": (14, 30), "length": (0.12, 0.34), "opacity": (0.45, 0.9), "angle": (-25.0, 25.0),
+    }  # fmt: skip
+    assert list(ranges_of("blur")) == ["length", "radius"]
+    assert ranges_of("edges") == ranges_of("colour") == ranges_of("inpainting") == {}
+    for name in MAKERS:  # the defaults given are the defaults
+        usual = MAKERS[name](photo, np.random.default_rng(3))
+        given = MAKERS[name](photo, np.random.default_rng(3), **ranges_of(name))
+        assert all((one == two).all() for one, two in zip(usual, given, strict=True))
+    # one level streak in the middle: wider than high; an upright one: higher than wide
+    for degrees, wide in ((90.0, True), (0.0, False)):
+        ranges = {
+            "streaks": (1.0, 1.0),
+            "length": (0.6, 0.6),
+            "angle": (degrees, degrees),
+            "opacity": (1.0, 1.0),
+        }
+        image, clean = MAKERS["rain"](photo, np.random.default_rng(1), **ranges)
+        rows, columns = np.nonzero((image != clean).any(axis=-1))
+        assert (np.ptp(columns) > np.ptp(rows)) == wide
+    spread = [
+        np.std(MAKERS["noise"](photo, np.random.default_rng(0), sigma=(s, s))[0].astype(float))
+        for s in (2.0, 20.0)
+    ]
+    assert spread == pytest.approx([2.0, 20.0], rel=0.05)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,3 +1,4 @@
+import math
 import re
 from dataclasses import asdict
 
@@ -101,6 +102,25 @@ def test_the_source_follows_from_what_is_given(settings, source):
             )
             for task in (_kind("coco"), SCENE)
             for policy in ("crops", "geometric", "segmentation", "restoration")
+        ),
+        (
+            _kind("pictures", make="rain", ranges={"slant": [0.0, 9.0]}),
+            "ranges.slant: make 'rain' has no such range; choices: streaks, length, opacity, angle",
+        ),
+        (
+            _kind("pictures", make="edges", ranges={"sigma": [0.0, 9.0]}),
+            "ranges.sigma: make 'edges' has no such range; choices: none",
+        ),
+        (
+            _kind("pictures", ranges={"sigma": [0.0, 9.0]}),
+            "ranges.sigma: make '' has no such range; choices: none",
+        ),
+        *(
+            (
+                _kind("pictures", make="noise", ranges={"sigma": values}),
+                f"ranges.sigma: {values} must be [lowest, highest]",
+            )
+            for values in ([1.0], [2.0, 1.0], [0.0, math.inf])
         ),
         (_kind("lvm", policy="crops"), "policy: 'crops' needs pictures, source 'lvm' has tokens"),
         (_kind("video", stride=0), "stride: 0 must be at least 1"),

@@ -5,6 +5,7 @@ degrade at the size that the model sees, for shrinking averages noise and thin s
 drawn from the generator alone, and no input is changed.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -13,18 +14,21 @@ import numpy as np
 
 from delvm.images.annotate import pixel
 
-Maker = Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
-"""(picture, rng) -> (what the model sees, what it must answer); both as large as the picture."""
+Range = tuple[float, float]
+"""(lowest, highest) of what is drawn for each picture."""
+
+Maker = Callable[..., tuple[np.ndarray, np.ndarray]]
+"""(picture, rng, **ranges) -> (what the model sees, what it must answer); both as large as the picture."""
 
 
 def rain(
     picture: np.ndarray,
     rng: np.random.Generator,
     *,
-    streaks: tuple[int, int] = (14, 30),
-    length: tuple[float, float] = (0.12, 0.34),
-    opacity: tuple[float, float] = (0.45, 0.9),
-    slant: float = 25.0,
+    streaks: Range = (14, 30),
+    length: Range = (0.12, 0.34),
+    opacity: Range = (0.45, 0.9),
+    angle: Range = (-25.0, 25.0),
 ) -> np.ndarray:
     """The picture with streaks of rain of one direction; pixels without a streak keep their exact value.
 
@@ -33,17 +37,17 @@ def rain(
         streaks: fewest and most streaks.
         length: of a streak, as a fraction of the shorter side.
         opacity: 0 leaves the picture, 1 covers it.
-        slant: largest angle to the vertical, in degrees.
+        angle: to the vertical, in degrees, of all streaks.
     """
     height, width = picture.shape[:2]
     side = min(height, width)
     thickness = max(1, round(side / 32))  # two pixels at 64, so that a streak lives through halving to 32
-    angle = rng.uniform(-slant, slant)
+    slant = rng.uniform(*angle)
     alpha = np.zeros((height, width), np.uint8)
-    count = int(rng.integers(streaks[0], streaks[1] + 1))
+    count = int(rng.integers(int(streaks[0]), int(streaks[1]) + 1))
     # One draw for all streaks: a call of the generator costs more than the line.
     for x, y, reach, cover, wobble in rng.random((count, 5)):
-        tilt = math.radians(angle + 6 * (wobble - 0.5))
+        tilt = math.radians(slant + 6 * (wobble - 0.5))
         run = side * (length[0] + reach * (length[1] - length[0]))
         across, down = run * math.sin(tilt) / 2, run * math.cos(tilt) / 2
         start = (x * width - across, y * height - down)  # about the point: every edge gets as much rain
@@ -55,9 +59,7 @@ def rain(
     return np.rint(picture + (light - picture) * cover_hw1).astype(np.uint8)
 
 
-def motion_blur(
-    picture: np.ndarray, rng: np.random.Generator, *, length: tuple[float, float] = (0.05, 0.12)
-) -> np.ndarray:
+def motion_blur(picture: np.ndarray, rng: np.random.Generator, *, length: Range = (0.05, 0.12)) -> np.ndarray:
     """The picture smeared along a line of a random direction.
 
     Args:
@@ -68,9 +70,7 @@ def motion_blur(
     return convolve(picture, line_kernel(angle, reach))
 
 
-def defocus(
-    picture: np.ndarray, rng: np.random.Generator, *, radius: tuple[float, float] = (0.01, 0.03)
-) -> np.ndarray:
+def defocus(picture: np.ndarray, rng: np.random.Generator, *, radius: Range = (0.01, 0.03)) -> np.ndarray:
     """The picture out of focus: every point becomes a disc.
 
     Args:
@@ -80,9 +80,17 @@ def defocus(
     return convolve(picture, disc_kernel(rng.uniform(*radius) * min(picture.shape[:2])))
 
 
-def blur(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """`motion_blur` or `defocus`, each as often as the other."""
-    return motion_blur(picture, rng) if rng.random() < 0.5 else defocus(picture, rng)
+def blur(
+    picture: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    length: Range = (0.05, 0.12),
+    radius: Range = (0.01, 0.03),
+) -> np.ndarray:
+    """`motion_blur` by a length or `defocus` by a radius, each as often as the other."""
+    if rng.random() < 0.5:
+        return motion_blur(picture, rng, length=length)
+    return defocus(picture, rng, radius=radius)
 
 
 def line_kernel(angle: float, length: float) -> np.ndarray:
@@ -118,9 +126,7 @@ def convolve(picture: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return np.asarray(cv2.filter2D(picture, -1, kernel, borderType=cv2.BORDER_REFLECT_101))
 
 
-def noise(
-    picture: np.ndarray, rng: np.random.Generator, *, sigma: tuple[float, float] = (5.0, 50.0)
-) -> np.ndarray:
+def noise(picture: np.ndarray, rng: np.random.Generator, *, sigma: Range = (5.0, 50.0)) -> np.ndarray:
     """The picture with Gaussian noise of one random strength, each pixel and channel on its own.
 
     Args:
@@ -135,9 +141,9 @@ def low_light(
     picture: np.ndarray,
     rng: np.random.Generator,
     *,
-    gamma: tuple[float, float] = (1.5, 3.0),
-    gain: tuple[float, float] = (0.3, 0.8),
-    sigma: tuple[float, float] = (1.0, 5.0),
+    gamma: Range = (1.5, 3.0),
+    gain: Range = (0.3, 0.8),
+    sigma: Range = (1.0, 5.0),
 ) -> np.ndarray:
     """The picture as taken in the dark: gain * picture ** gamma, and a little sensor noise on top.
 
@@ -202,12 +208,28 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
-def restoration(degrade: Callable[[np.ndarray, np.random.Generator], np.ndarray]) -> Maker:
+def colourless(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """`grey`; nothing is random."""
+    return grey(picture)
+
+
+RESTORED: dict[str, Callable[..., np.ndarray]] = {
+    "rain": rain,
+    "blur": blur,
+    "noise": noise,
+    "low_light": low_light,
+    "colour": colourless,
+    "inpainting": holes,
+}
+"""What a photograph is to be restored from."""
+
+
+def restoration(degrade: Callable[..., np.ndarray]) -> Maker:
     """The image is the degraded picture, the annotation the picture itself."""
 
-    def make(picture: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def make(picture: np.ndarray, rng: np.random.Generator, **ranges: Range) -> tuple[np.ndarray, np.ndarray]:
         clean = np.ascontiguousarray(picture)
-        return degrade(clean, rng), clean
+        return degrade(clean, rng, **ranges), clean
 
     return make
 
@@ -219,11 +241,12 @@ def edge_detection(picture: np.ndarray, rng: np.random.Generator) -> tuple[np.nd
 
 
 MAKERS: dict[str, Maker] = {
-    "rain": restoration(rain),
-    "blur": restoration(blur),
-    "noise": restoration(noise),
-    "low_light": restoration(low_light),
-    "colour": restoration(lambda picture, rng: grey(picture)),
-    "inpainting": restoration(holes),
+    **{name: restoration(degrade) for name, degrade in RESTORED.items()},
     "edges": edge_detection,
 }
+
+
+def ranges_of(maker: str) -> dict[str, Range]:
+    """The ranges that one of MAKERS draws from, with what they are unless given."""
+    parameters = inspect.signature(RESTORED.get(maker, edge_detection)).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}

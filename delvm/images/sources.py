@@ -313,5 +313,6 @@ class Views(Dataset):
         )
         if self.config.make:
             rng = np.random.default_rng((*seed, 1))  # apart from the draws of the view
-            pictures = list(MAKERS[self.config.make](pictures[0], rng))
+            ranges = {name: tuple(values) for name, values in self.config.ranges.items()}
+            pictures = list(MAKERS[self.config.make](pictures[0], rng, **ranges))
         return torch.from_numpy(np.stack(pictures))

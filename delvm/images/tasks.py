@@ -1,11 +1,12 @@
 """A task's settings -> the storage of its samples."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from delvm.images.augment import JOINT_COLOUR, POLICIES
 from delvm.images.coco import DRAW, Coco
-from delvm.images.degrade import MAKERS
+from delvm.images.degrade import MAKERS, ranges_of
 from delvm.images.files import Storage
 from delvm.images.folders import Classes, Listed, Pairs, Pictures
 from delvm.images.lmdb import Lmdb
@@ -58,6 +59,8 @@ class TaskConfig:
     """A name from `delvm.images.scenes.SCENES`: exact annotations over photographs, made on the spot."""
     make: str = ""
     """A name from `delvm.images.degrade.MAKERS`: image and annotation are made of views of a photograph."""
+    ranges: dict[str, list[float]] = field(default_factory=dict)
+    """What `make` draws from, [lowest, highest] by name: angle: [-40, 40] of rain. See `RESTORED`."""
     samples: int = 0
     """Training samples of a scene; of other sources, the first so many as they are listed (0: all)."""
     validation_samples: int = 0
@@ -108,6 +111,7 @@ class TaskConfig:
                 f"policy: '{self.policy}' mirrors skeletons but not the colours of left and right limbs;"
                 f" choices: {', '.join(SKELETON_POLICIES)}"
             )
+        self._check_ranges()
         least = {"samples": 0, "validation_samples": 0, "radius": 0, "thickness": 1, "stride": 1,
                  "random_stride": 0, "frames": 0}  # fmt: skip
         for key, bound in least.items():
@@ -121,6 +125,15 @@ class TaskConfig:
         if self.random_stride and self.stride != TaskConfig.stride:
             raise ValueError("stride, random_stride: exclude each other")
         (self._check_scene if self.source == "scene" else self._check_files)()
+
+    def _check_ranges(self) -> None:
+        known = ranges_of(self.make) if self.make else {}
+        for name, values in self.ranges.items():
+            if name not in known:
+                choices = ", ".join(known) or "none"
+                raise ValueError(f"ranges.{name}: make '{self.make}' has no such range; choices: {choices}")
+            if len(values) != 2 or not -math.inf < values[0] <= values[1] < math.inf:
+                raise ValueError(f"ranges.{name}: {values} must be [lowest, highest]")
 
     def _check_scene(self) -> None:
         folders = ("images", "annotations", "more_annotations")
