@@ -3,7 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,23 @@ from delvm.distill.module import Distill
 from delvm.errors import UserError
 from delvm.evaluate import likelihood, prompting
 from delvm.export import export
-from delvm.images.sources import SPLITS, Views, fingerprint, index_data, num_pictures, open_sources
+from delvm.images.sources import SPLITS, Views, fingerprint, index_data, open_sources
 from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
+from delvm.plan import Plan, check_plan, make_plan
 from delvm.pretrain import Pretrain, PretrainConfig
 from delvm.recipe import Recipe
 from delvm.stages import Stage, run_stage, write_atomic
 from delvm.tokenizer import Tokenizer
 from delvm.tokenizer import training as tokenizer_training
-from delvm.tokens import balance, lines, sentences
+from delvm.tokens import lines, sentences
+from delvm.tokens.balance import TaskPlan
 from delvm.tokens.encoding import write_store
 from delvm.tokens.online import Encode, OnlineSentences
-from delvm.tokens.rows import TrainingSentences, row_length
+from delvm.tokens.rows import TrainingSentences
 from delvm.tokens.store import TokenStore, open_store
 from delvm.training import Shuffled, discard_checkpoint, train
 
 ROLES = ("teacher", "scratch", "student")
-MOST_SAID = 10  # samples left out, by name
 
 
 class Run:
@@ -47,10 +48,7 @@ class Run:
         self.metrics: dict[str, dict] = {}
         self.manifest: dict[str, dict] = {}
         self.listed = self.dir / "data"
-        self.forms: dict[str, sentences.Form] = {}
-        self.plans: dict[str, balance.TaskPlan] = {}
-        self.balance: dict[str, dict[str, int | float]] = {}
-        self.length = 0  # tokens of a row
+        self.plan: Plan
 
     # --- the arrows, in the order of the data flow; each writes into the folder it is given ---
 
@@ -132,8 +130,8 @@ class Run:
         tokenizer = Tokenizer.load(self.dir / "tokenizer").to(device)
         store = open_store(self.dir / "tokens", tokenizer=tokenizer.hash)
         count = recipe.sentences.validation
-        held_out = sentences.validation_sentences(store, self.forms, recipe.sentences, recipe.seed)
-        roles = {task: form.roles for task, form in self.forms.items()}
+        held_out = sentences.validation_sentences(store, self.plan.forms, recipe.sentences, recipe.seed)
+        roles = {task: form.roles for task, form in self.plan.forms.items()}
         scores: dict[str, dict] = {}
         pictures = self.prompt_pictures(store, tokenizer)
         total = len(self.models) * len(held_out) * count
@@ -142,7 +140,7 @@ class Run:
                 model = llama.load(self.dir / role).to(device)
                 scores[role] = likelihood.evaluate(model, held_out, roles, progress=bar.update)
                 for task, rows in pictures.items():
-                    end = self.forms[task].length - recipe.sentences.specials - store.tokens_per_image
+                    end = self.plan.forms[task].length - recipe.sentences.specials - store.tokens_per_image
                     settings = recipe.prompting
                     codes = prompting.complete(
                         model, held_out[task][: len(rows), :end], store.tokens_per_image, store.num_codes,
@@ -215,7 +213,7 @@ class Run:
         listed = self.dir / "data"
         self.open_data(json.loads((listed / "manifest.json").read_text()), listed)
         write_atomic(self.dir / "recipe.yaml", recipes.to_yaml(self.recipe))
-        console.show_plan(self.balance)
+        self.show_plan()
         for stage in others:
             self.run(stage)
 
@@ -228,104 +226,32 @@ class Run:
     def index(self, folder: Path) -> dict[str, dict]:
         """List the samples in `folder`, every file read once."""
         recipe = self.recipe
-        self.check_plan()
+        check_plan(recipe, num_tokens=self.num_tokens, num_codes=self.num_codes)
         found = index_data(self.image_tasks, recipe.data, recipe.seed, folder)
         for task, config in self.token_tasks.items():
             found[task] = lines.index_lines(
                 task, config, tokens_per_image=self.num_tokens, num_codes=self.num_codes, seed=recipe.seed
             )
         manifest = {task: found[task] for task in recipe.tasks}
-        self.open_data(manifest, folder, say=False)
+        self.open_data(manifest, folder)
         return manifest
 
-    def open_data(self, manifest: dict[str, dict], folder: Path, *, say: bool = True) -> None:
-        """Take over the list of samples; plan sentences and balance from it.
+    def open_data(self, manifest: dict[str, dict], folder: Path) -> None:
+        """Take over the list of samples in `folder`, and plan by it.
 
         Raises:
             UserError: samples that do not fit the sentences, or too few of them.
         """
-        recipe = self.recipe
         self.manifest, self.listed = manifest, folder
-        try:
-            self.forms = self.find_forms({task: entry["pictures"] for task, entry in manifest.items()})
-            self.length = row_length(recipe.sentences, self.forms)
-            counts = {task: entry["train"] for task, entry in manifest.items()}
-            tokens = {task: entry["pictures"] * self.num_tokens for task, entry in manifest.items()}
-            plans = balance.plan(counts, tokens, recipe.balance)
-            # of tokens there are no views: they are shown again instead
-            self.plans = {
-                task: replace(plan, views=1) if task in self.token_tasks else plan
-                for task, plan in plans.items()
-            }
-            self.balance = balance.summary(self.plans, tokens)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        for task, entry in manifest.items():
-            shots = self.forms[task].shots
-            if entry["validation"] < shots:  # a held-out query would have to be among its own examples
-                raise UserError(
-                    f"tasks.{task}: {entry['validation']} held-out samples, a sentence shows {shots}"
-                )
-        if say:
-            self.say_what_is_special(plans)
+        self.plan = make_plan(self.recipe, manifest, num_tokens=self.num_tokens, num_codes=self.num_codes)
 
-    def say_what_is_special(self, plans: dict[str, balance.TaskPlan]) -> None:
-        """Print what was left out, and where the data do not give what was asked for."""
-        say = partial(console.console.print, soft_wrap=True)
-        left_out = [m for entry in self.manifest.values() for m in [*entry["skipped"], *entry["dropped"]]]
-        for message in left_out[:MOST_SAID]:
-            say(f"left out: {message}")
-        if len(left_out) > MOST_SAID:
-            say(f"left out: {len(left_out) - MOST_SAID} more, see manifest.json in {self.dir / 'data'}")
-        for task, form in self.forms.items():
-            if (count := plans[task].samples) < form.shots:
-                say(f"tasks.{task}: {count} training samples, a sentence shows {form.shots}: they repeat")
-            if form.length > self.length:
-                say(f"tasks.{task}: sentences of {form.length} tokens, cut into rows of {self.length}")
-            if task in self.token_tasks and plans[task].views > 1:
-                say(f"tasks.{task}: tokens have no views, shown {plans[task].views} times instead")
-        for task, (target, share) in balance.shortfalls(self.plans).items():
-            say(
-                f"tasks.{task}: {self.plans[task].wanted} views wanted, cut by balance.max_views:"
-                f" {share:.1%} of the tokens instead of {target:.1%}"
-            )
+    def show_plan(self) -> None:
+        """Print what the plan has to say."""
+        for note in self.plan.notes:
+            console.console.print(note, soft_wrap=True)
+        console.show_plan(self.plan.summary)
 
-    def find_forms(self, pictures: dict[str, int]) -> dict[str, sentences.Form]:
-        """The form of every task's sentences, from the pictures of a sample. Raises ValueError."""
-        recipe = self.recipe
-        samples = {t: (c.num_frames(pictures[t]), pictures[t]) for t, c in recipe.tasks.items()}
-        forms = sentences.find_forms(recipe.sentences, samples, self.num_tokens)
-        recipe.sentences.ends(self.num_codes)
-        for task, form in forms.items():
-            if form.kind == "category" and recipe.tasks[task].source != "classes":
-                raise ValueError(f"sentences.kinds.{task}: 'category' needs source 'classes'")
-        if recipe.balance.online and self.token_tasks:
-            raise ValueError(
-                f"balance.online: tasks.{next(iter(self.token_tasks))} has no pictures to view anew"
-            )
-        if recipe.balance.online and {form.length for form in forms.values()} != {
-            row_length(recipe.sentences, forms)
-        }:
-            raise ValueError("balance.online: a row must be a whole sentence; leave sentences.length at 0")
-        return forms
-
-    def check_plan(self) -> None:
-        """Refuse what the first sample of every task shows to be impossible, before all of them are read."""
-        recipe = self.recipe
-        try:
-            pictures = {
-                task: lines.num_pictures(config, self.num_tokens, recipe.seed)
-                if task in self.token_tasks
-                else num_pictures(task, config, recipe.seed)
-                for task, config in recipe.tasks.items()
-            }
-            row_length(recipe.sentences, self.find_forms(pictures))
-            tokens = {task: number * self.num_tokens for task, number in pictures.items()}
-            balance.plan(dict.fromkeys(pictures, 1), tokens, recipe.balance)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
-    def stored(self, plan: balance.TaskPlan) -> balance.TaskPlan:
+    def stored(self, plan: TaskPlan) -> TaskPlan:
         """The plan over what is stored: where views are drawn online, the samples alone."""
         return replace(plan, views=1) if self.recipe.balance.online else plan
 
@@ -342,7 +268,7 @@ class Run:
                 task,
                 recipe.tasks[task],
                 size=recipe.data.image_size,
-                num_views=self.plans[task].views if split == "train" and not once else 1,
+                num_views=self.plan.tasks[task].views if split == "train" and not once else 1,
                 seed=recipe.seed,
             )
             for task, source in sources.items()
@@ -401,7 +327,7 @@ class Run:
     def new_model(self, size: str, seed: int) -> Any:
         """An untrained model over the tokenizer's codes, BOS and EOS."""
         bos, eos = self.recipe.sentences.ends(self.num_codes) or (None, None)
-        positions = max(self.length, *(form.length for form in self.forms.values()))
+        positions = max(self.plan.length, *(form.length for form in self.plan.forms.values()))
         return llama.build(
             size, self.vocabulary, positions,
             bos=bos, eos=eos, seed=seed,
@@ -414,9 +340,9 @@ class Run:
         tokenizer = Tokenizer.load(self.dir / "tokenizer")
         store = open_store(self.dir / "tokens", tokenizer=tokenizer.hash)
         recipe = self.recipe
-        plans = {task: self.stored(plan) for task, plan in self.plans.items()}
+        plans = {task: self.stored(plan) for task, plan in self.plan.tasks.items()}
         rows = TrainingSentences(
-            store, plans, self.forms, recipe.sentences, num_rows=steps * batch_size, seed=seed
+            store, plans, self.plan.forms, recipe.sentences, num_rows=steps * batch_size, seed=seed
         )
         dataset: Dataset = rows
         if recipe.balance.online:
@@ -455,7 +381,7 @@ class Run:
         """
         recipe, views = self.recipe, self.views("validation")
         rows: dict[str, list[list[prompting.Picture]]] = {}
-        for index, (task, form) in enumerate(self.forms.items()):
+        for index, (task, form) in enumerate(self.plan.forms.items()):
             if form.images == 1:  # nothing stands before it
                 continue
             count, classes = recipe.sentences.validation, store.classes["validation"].get(task)

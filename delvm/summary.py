@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from delvm import llama
 from delvm import recipe as recipes
 from delvm.chain import Run
-from delvm.console import console, show_plan, show_scores, table
+from delvm.console import console, show_scores, table
 from delvm.evaluate.prompting import load_pictures
 from delvm.evaluate.report import Report, render
 from delvm.stages import record, stage_key, write_atomic
@@ -23,13 +23,16 @@ def dry_run(run: Run) -> None:
     with TemporaryDirectory() as folder:
         run.open_data(run.index(Path(folder)), Path(folder))
     for task, entry in run.manifest.items():
-        form, counts = run.forms[task], f"{entry['train']} training, {entry['validation']} held-out samples"
+        form, counts = (
+            run.plan.forms[task],
+            f"{entry['train']} training, {entry['validation']} held-out samples",
+        )
         console.print(f"{task}: {counts}; {form.kind}: {form.images} pictures, {form.length} tokens")
-    show_plan(run.balance)
+    run.show_plan()
     rows = []
     for role in run.models:
         config = run.model_config(role)
-        per_step = config.batch_size * run.length
+        per_step = config.batch_size * run.plan.length
         parameters = llama.num_parameters(config.size, run.vocabulary)
         rows.append((role, config.size, parameters, config.steps, per_step, per_step * config.steps))
     table("models", ["model", "size", "parameters", "steps", "tokens a step", "tokens"], rows)
@@ -41,7 +44,7 @@ def dry_run(run: Run) -> None:
     else:
         console.print(f"tokenizer: {tokenizer.folder}")
     ends = " and BOS, EOS" if run.recipe.sentences.specials else ""
-    console.print(f"rows: {run.length} tokens, {run.num_codes} codes{ends}")
+    console.print(f"rows: {run.plan.length} tokens, {run.num_codes} codes{ends}")
     keys: dict[str, str] = {}
     for stage in run.stages():
         keys[stage.name] = stage_key(stage, keys)
@@ -53,7 +56,7 @@ def conclude(run: Run) -> None:
     """Write `metrics.json` and `report.html` of a run that has ended, and print its last table."""
     stages = {stage.name: record(run.dir / stage.name) for stage in run.stages()}
     result = {
-        "balance": run.balance,
+        "balance": run.plan.summary,
         "data": run.metrics["data"],
         "tokenizer": run.metrics["tokenizer"],
         "evaluate": run.metrics.get("evaluate", {}),

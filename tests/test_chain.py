@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from delvm import chain, fit, llama, recipe
+from delvm import chain, fit, llama, plan, recipe
 from delvm.evaluate import likelihood
 from delvm.images import augment
 from delvm.images.listing import Entries
@@ -108,7 +108,7 @@ def test_the_grids_are_the_codes_of_the_views(finished, run):
 
 
 def test_scores_are_those_of_the_saved_models_on_held_out_sentences(metrics, run, finished):
-    store, forms = open_store(run / "tokens"), opened(finished).forms
+    store, forms = open_store(run / "tokens"), opened(finished).plan.forms
     held = sentences.validation_sentences(store, forms, sentences.SentencesConfig(validation=5), 0)
     roles = {task: form.roles for task, form in forms.items()}
     for role in chain.ROLES:
@@ -329,11 +329,11 @@ def test_tasks_of_every_kind_go_through_one_run(mixed):
     work = chain.Run(recipe.load(mixed / "mixed.yaml", [f"run_dir={run}"]))
     work.open_data(json.loads((run / "data" / "manifest.json").read_text()), run / "data")
     # 16 tokens a picture, BOS and EOS; 3 frames with a mask each; 2 samples of 3 pictures
-    assert {task: (form.kind, form.length) for task, form in work.forms.items()} == {
+    assert {task: (form.kind, form.length) for task, form in work.plan.forms.items()} == {
         "colour": ("pairs", 66), "classes": ("category", 66), "clips": ("interleaved", 98),
         "kinds": ("annotations", 98),
     }  # fmt: skip
-    assert work.length == 80
+    assert work.plan.length == 80
     metrics = json.loads((run / "metrics.json").read_text())
     scores = metrics["evaluate"]["teacher"]
     assert "annotation_loss" not in scores["classes"]
@@ -479,7 +479,7 @@ def test_what_is_special_is_said_and_not_too_much(micro, pairs, capsys):
     manifest = json.loads((micro.parent / "run" / "data" / "manifest.json").read_text())
     dropped = manifest["grey"]["dropped"]
     lines = [line for line in said.splitlines() if line.startswith("left out: ")]
-    assert lines[: chain.MOST_SAID] == [f"left out: {message}" for message in dropped[: chain.MOST_SAID]]
+    assert lines[: plan.MOST_SAID] == [f"left out: {message}" for message in dropped[: plan.MOST_SAID]]
     assert "is nearly" in dropped[0]
     assert "tasks.pose: 1 training samples, a sentence shows 2: they repeat" in said
     assert "tasks.grey: sentences of 66 tokens, cut into rows of 40" in said

@@ -46,12 +46,13 @@ ORDER = [
     "evaluate.report",
     "export",
     "recipe",
+    "plan",
     "chain",
     "summary",
     "fit",
 ]
 PURE = ["tokens.balance", "distill.divergences", "images.augment", "images.annotate"]
-MAY_IMPORT_RECIPE = ["chain", "summary", "fit"]
+MAY_IMPORT_RECIPE = ["plan", "chain", "summary", "fit"]
 
 FILES = {
     ".".join(path.relative_to(ROOT / "delvm").with_suffix("").parts): path

@@ -29,6 +29,7 @@ GRID = {
     "teacher": (1.5e-3, 3e-3, 6e-3),
     "students": (2.5e-3, 5e-3, 1e-2),
 }
+KD_WEIGHTS = (1.0, 2.0, 4.0, 8.0)  # CE has 1
 
 CODES_USED = 0.9  # least fraction
 # (better arm, worse arm, {task: least difference of the mean loss})
@@ -90,7 +91,7 @@ def arms(recipe: Path, root: Path, seed: int) -> dict[str, dict]:
 
 
 def tune(recipe: Path, root: Path) -> None:
-    """Print the held-out loss of every arm at every learning rate, on the tuning seed.
+    """Print the held-out loss of every arm at every learning rate or weight, on the tuning seed.
 
     One teacher serves all rates of the students, which are therefore trained anew in each call.
     """
@@ -99,6 +100,11 @@ def tune(recipe: Path, root: Path) -> None:
         rates = (f"scratch.learning_rate={rate}", f"student.learning_rate={rate}")
         scores = main_run(recipe, root, TUNING_SEED, *rates)
         found += [("scratch", rate, scores["scratch"]), ("distilled", rate, scores["student"])]
+    student = load(recipe).student
+    assert student is not None
+    for weight in KD_WEIGHTS:
+        scores = main_run(recipe, root, TUNING_SEED, f"student.kd_weight={weight}")
+        found.append((f"distilled, weight {weight:g}", student.learning_rate, scores["student"]))
     for rate in GRID["teacher"]:
         found.append(("teacher", rate, teacher_arm(recipe, root, TUNING_SEED, rate)))
     for strategy in BALANCES:

@@ -42,10 +42,10 @@ def complete_queries(folder: Path, queries: list[Path]) -> dict[str, list[list[P
     with torch.no_grad():
         codes = tokenizer.encode(torch.from_numpy(views).permute(0, 3, 1, 2) / 255)
     run = chain.Run(recipe)
-    run.open_data(json.loads((folder / "data" / "manifest.json").read_text()), folder / "data", say=False)
+    run.open_data(json.loads((folder / "data" / "manifest.json").read_text()), folder / "data")
     rows: dict[str, list[list[Picture]]] = {}
-    for task, sentences in validation_sentences(store, run.forms, recipe.sentences, recipe.seed).items():
-        if run.forms[task].kind != "pairs":
+    for task, sentences in validation_sentences(store, run.plan.forms, recipe.sentences, recipe.seed).items():
+        if run.plan.forms[task].kind != "pairs":
             continue
         # the first held-out sentence up to the last pair, then a query of one's own
         end = len(sentences[0]) - recipe.sentences.specials - 2 * store.tokens_per_image
