@@ -156,10 +156,10 @@ def test_the_comparison_of_strategies(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "augment │ 2.550 (2.500-2.600) │ 1.000 (1.000-1.000)" in said
     assert "augment below none on a: +0.500 (+0.500, +0.500), beyond the seeds' spread of 0.000" in said
-    scores[1]["none"]["a"] = 4.1
+    scores[1]["none"]["a"] = 4.2
     compare_balance.report(scores)
     said = " ".join(capsys.readouterr().out.split())
-    assert "augment below none on a: +1.000 (+0.500, +1.500), within the seeds' spread of 1.000" in said
+    assert "augment below none on a: +1.050 (+0.500, +1.600), within the seeds' spread of 1.100" in said
     assert compare_balance.TUNING_SEED not in (0, 1, 2)
     assert set(compare_balance.CHOSEN) == set(STRATEGIES)
     assert set(compare_balance.CHOSEN.values()) <= set(compare_balance.RATES)
