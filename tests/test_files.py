@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from delvm.errors import UserError
-from delvm.images.files import decode_picture, list_pictures, read_picture
+from delvm.images.files import decode_picture, read_picture
 
 PALETTE = np.array([(0, 0, 0), (255, 0, 0), (0, 128, 255), (40, 200, 10)], np.uint8)
 
@@ -132,43 +132,3 @@ def test_a_picture_out_of_a_larger_file(tmp_path):
     for data in (b"a note", b""):  # the message has no address in it, which would be another in every run
         message = _refused(decode_picture, io.BytesIO(data), "a.tar: 7")
         assert message == "a.tar: 7: unreadable picture (not a picture)"
-
-
-# --- the pictures of a folder
-
-
-def test_the_pictures_of_a_folder(tmp_path):
-    for name in ("b.jpg", "a.JPG", "c.jpeg", "e.PNG", "d.png", "two.dots.png"):
-        (tmp_path / name).touch()
-    for name in (".f.jpg", "._b.jpg", "notes.txt", "jpg", "g.gif", "h.jpg.part", "i.tiff"):
-        (tmp_path / name).touch()
-    _save(tmp_path / "inside" / "z.jpg", _picture(0))
-    found = list_pictures(str(tmp_path), "tasks.t.images")
-    assert list(found) == ["a", "b", "c", "d", "e", "two.dots"]
-    assert found["a"] == tmp_path / "a.JPG"
-    assert found["two.dots"] == tmp_path / "two.dots.png"
-
-
-def test_a_folder_without_pictures_has_none(tmp_path):
-    (tmp_path / "notes.txt").touch()
-    assert list_pictures(tmp_path, "tasks.t.images") == {}
-
-
-def test_two_files_with_one_stem(tmp_path):
-    for name in ("a.jpg", "b.PNG", "b.jpg"):
-        (tmp_path / name).touch()
-    message = _refused(list_pictures, str(tmp_path), "tasks.t.images")
-    assert message == f"tasks.t.images: 'b.PNG' and 'b.jpg' have the same stem in {tmp_path}"
-
-
-def test_no_folder(tmp_path):
-    folder = str(tmp_path / "nowhere")
-    assert _refused(list_pictures, folder, "tasks.t.images") == f"tasks.t.images: no folder '{folder}'"
-    (tmp_path / "nowhere").touch()  # a file is no folder
-    assert _refused(list_pictures, folder, "tasks.t.images") == f"tasks.t.images: no folder '{folder}'"
-
-
-def test_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    _save(tmp_path / "photos" / "a.jpg", _picture(0))
-    assert list_pictures("~/photos", "tasks.t.images") == {"a": tmp_path / "photos" / "a.jpg"}

@@ -2,13 +2,16 @@ import itertools
 import json
 import pickle
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from delvm.errors import UserError
-from delvm.images.folders import Classes, Listed, Pairs, Pictures
+from delvm.images.folders import Classes, Folder, Listed, Pairs, Pictures
 
 
 def _picture(seed, shape=(6, 9)):
@@ -39,6 +42,82 @@ def _equal(sample, pictures):
 def _travelled(storage):
     """A storage and its entries as another process gets them."""
     return pickle.loads(pickle.dumps(storage)), json.loads(json.dumps(list(storage.entries())))
+
+
+# --- the pictures of a folder
+
+
+def test_the_pictures_of_a_folder(tmp_path):
+    for name in ("b.jpg", "a.JPG", "c.jpeg", "e.PNG", "d.png", "two.dots.png", "two.png", "two-.png"):
+        (tmp_path / name).touch()
+    for name in (".f.jpg", "._b.jpg", ".png", "notes.txt", "jpg", "g.gif", "h.jpg.part", "i.tiff"):
+        (tmp_path / name).touch()
+    _save(tmp_path / "inside" / "z.jpg", _picture(0))
+    found = Folder(str(tmp_path), "tasks.t.images")
+    # by file name: "-" comes before "."
+    assert list(found) == ["a", "b", "c", "d", "e", "two-", "two.dots", "two"]
+    assert len(found) == 8
+    assert found["a"] == tmp_path / "a.JPG"
+    assert (found["two"], found["two.dots"]) == (tmp_path / "two.png", tmp_path / "two.dots.png")
+    for stem in ("f", ".f", "notes", "h", "h.jpg", "jpg", "", "tw", "two.", "z"):
+        assert stem not in found
+
+
+def test_a_folder_without_pictures_has_none(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    assert Folder(tmp_path, "tasks.t.images") == {}
+
+
+NAMES = st.sets(st.text("ab.-\udce9", min_size=1, max_size=4).map("{}.".format), max_size=8)
+
+
+@given(NAMES, st.lists(st.sampled_from(["jpg", "png", "JPEG", "txt"]), min_size=8, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_a_folder_is_a_dictionary_of_stems(tmp_path_factory, stems, suffixes):
+    root = tmp_path_factory.mktemp("names")
+    for stem, suffix in zip(stems, suffixes, strict=False):
+        (root / (stem + suffix)).touch()
+    expected = {
+        path.stem: path
+        for path in sorted(root.iterdir())
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png") and not path.name.startswith(".")
+    }
+    assert list(Folder(root, "tasks.t.images").items()) == list(expected.items())
+
+
+@pytest.mark.parametrize("between", [[], ["b.a.jpg", "b.jpg.png"]])
+def test_two_files_with_one_stem(tmp_path, between):
+    for name in ("a.jpg", "b.PNG", "b.jpg", "c.jpg", *between):
+        (tmp_path / name).touch()
+    message = _refused(Folder, str(tmp_path), "tasks.t.images")
+    assert message == f"tasks.t.images: 'b.PNG' and 'b.jpg' have the same stem in {tmp_path}"
+
+
+def test_no_folder(tmp_path):
+    folder = str(tmp_path / "nowhere")
+    assert _refused(Folder, folder, "tasks.t.images") == f"tasks.t.images: no folder '{folder}'"
+    (tmp_path / "nowhere").touch()  # a file is no folder
+    assert _refused(Folder, folder, "tasks.t.images") == f"tasks.t.images: no folder '{folder}'"
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _save(tmp_path / "photos" / "a.jpg", _picture(0))
+    assert Folder("~/photos", "tasks.t.images") == {"a": tmp_path / "photos" / "a.jpg"}
+
+
+def test_a_large_folder_takes_little_memory(tmp_path):
+    num = 2000
+    for number in range(num):
+        (tmp_path / f"{number:012}.jpg").touch()
+    tracemalloc.start()
+    try:
+        found = Folder(tmp_path, "tasks.t.images")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found) == num
+    assert peak < 100 * num  # with a path for each it would be 400
 
 
 # --- pictures

@@ -12,6 +12,9 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 from PIL import Image
 
 from delvm.errors import UserError
@@ -26,6 +29,7 @@ from delvm.images.sources import (
     SPLITS,
     Views,
     annotation_flags,
+    deal,
     fingerprint,
     held_out,
     index_data,
@@ -311,12 +315,81 @@ def test_nothing_is_listed_beyond_the_first_samples(tmp_path):
         assert message == f"{tmp_path / 'list.csv'}:14: no file 'nowhere.png'"
 
 
+def _sizes(root, **sizes):
+    """A folder a class with so many empty files, 0.png, 1.png, ..., as a task's settings."""
+    for name, size in sizes.items():
+        (root / name).mkdir(parents=True)
+        for number in range(size):
+            (root / name / f"{number}.png").touch()
+    return {"images": str(root), "source": "classes"}
+
+
+@pytest.mark.parametrize(
+    ("samples", "validation_samples", "expected"),
+    [
+        (0, 0, (["a/0", "a/1", "a/2", "a/3", "b/0", "c/0", "c/1", "c/2"], ["a/0", "a/1", "c/0", "c/1"])),
+        (2, 1, (["a/0", "b/0"], ["a/0"])),
+        (5, 3, (["a/0", "a/1", "b/0", "c/0", "c/1"], ["a/0", "a/1", "c/0"])),
+        (7, 0, (["a/0", "a/1", "a/2", "b/0", "c/0", "c/1", "c/2"], ["a/0", "a/1", "c/0", "c/1"])),
+        (99, 99, (["a/0", "a/1", "a/2", "a/3", "b/0", "c/0", "c/1", "c/2"], ["a/0", "a/1", "c/0", "c/1"])),
+    ],
+)
+def test_the_samples_of_classes_spread_over_them(tmp_path, samples, validation_samples, expected):
+    held = _held(_sizes(tmp_path / "held", a=2, c=2))
+    config = TaskConfig(
+        **_sizes(tmp_path / "train", a=4, b=1, c=3),
+        **held,
+        samples=samples,
+        validation_samples=validation_samples,
+    )
+    found = {split: [] for split in SPLITS}
+    for split, _, entry in split_samples("t", config, 0):
+        found[split].append(entry[0])
+    assert (found["train"], found["validation"]) == expected
+
+
+def test_held_out_samples_of_classes_spread_over_them_too(tmp_path):
+    folder = _sizes(tmp_path, a=40, b=40, c=40)
+    whole = TaskConfig(**folder, validation_fraction=0.5)
+    some = TaskConfig(**folder, validation_fraction=0.5, samples=11, validation_samples=7)
+    wanted = {split: {name: [] for name in "abc"} for split in SPLITS}
+    for split, _, entry in split_samples("t", whole, 0):
+        wanted[split][entry[2]].append(entry[0])
+    sizes = {"train": {"a": 4, "b": 4, "c": 3}, "validation": {"a": 3, "b": 2, "c": 2}}
+    found = [(split, entry[0]) for split, _, entry in split_samples("t", some, 0)]
+    for split in SPLITS:
+        first = [stem for name, size in sizes[split].items() for stem in wanted[split][name][:size]]
+        assert [stem for side, stem in found if side == split] == first
+    # a limit of one side alone leaves the other whole
+    one = TaskConfig(**folder, validation_fraction=0.5, samples=3)
+    held = [entry[0] for split, _, entry in split_samples("t", one, 0) if split == "validation"]
+    assert held == list(itertools.chain(*wanted["validation"].values()))
+
+
+@given(
+    st.dictionaries(st.tuples(st.just("train"), st.text(max_size=2)), st.integers(1, 9)), st.integers(1, 40)
+)
+@examples(max_examples=60, deadline=None)
+def test_dealing_is_even(sizes, total):
+    dealt = deal(sizes, total)
+    assert list(dealt) == list(sizes)
+    assert sum(dealt.values()) == min(total, sum(sizes.values()))
+    assert all(0 <= dealt[group] <= size for group, size in sizes.items())
+    open_ones = [dealt[group] for group, size in sizes.items() if dealt[group] < size]
+    if open_ones:  # they had as many as any, but for the last, which the first of them had
+        assert max(dealt.values()) - min(open_ones) <= 1
+        assert open_ones == sorted(open_ones, reverse=True)
+
+
 def test_a_split_without_samples(tmp_path):
     config = TaskConfig(**_pairs(tmp_path / "a", "adh"), validation_fraction=0.5, samples=1)
     message = f"tasks.t: no validation samples (3 in all in '{tmp_path / 'a' / 'images'}')"
     assert _refused(split_samples, "t", config, 0) == message
     config = TaskConfig(**_pairs(tmp_path / "b", "bc"), validation_fraction=0.5)
     message = f"tasks.t: no train samples (2 in all in '{tmp_path / 'b' / 'images'}')"
+    assert _refused(split_samples, "t", config, 0) == message
+    config = TaskConfig(**_sizes(tmp_path / "e", a=3, b=2), validation_fraction=1e-12, samples=2)
+    message = f"tasks.t: no validation samples (5 in all in '{tmp_path / 'e'}')"
     assert _refused(split_samples, "t", config, 0) == message
     # photographs, but nobody in them
     held = _coco(tmp_path / "d", "x")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delvm.errors import UserError
-from delvm.tokens.store import Grid, Layout, code_dtype, open_store, write_manifest
+from delvm.tokens.store import Grid, Layout, code_dtype, open_store, verify, write_manifest
 
 SHAPES = {
     "pose": {"train": (5, 3, 2, 4), "validation": (2, 1, 2, 4)},
@@ -428,6 +428,76 @@ def test_damaged_classes(tmp_path):
     _refused(tmp_path, rf"^{path}: float64 \[5\]")
     path.write_bytes(b"")
     _refused(tmp_path, rf"^{path}: unreadable token grid")
+
+
+# --- checksums
+
+
+def _shards(folder):
+    """In the order of the manifest, the training ones first."""
+    return [
+        folder / f"{task}.{split}" / f"{number:05}.npy"
+        for split, counts in (("train", {"pose": 3, "film": 4}), ("validation", {"pose": 1, "film": 2}))
+        for task, count in counts.items()
+        for number in range(count)
+    ]
+
+
+def test_a_whole_store_is_what_was_written(tmp_path):
+    _write(tmp_path)
+    _layout(tmp_path / "pose.train").write_classes(np.arange(5))
+    files = _shards(tmp_path)
+    assert sorted(files) == sorted(file for file in tmp_path.rglob("0*.npy"))
+    assert verify(tmp_path) == sum(file.stat().st_size for file in files)
+
+
+@given(data=st.data(), bit=st.integers(0, 7))
+@settings(max_examples=60, deadline=None)
+def test_one_changed_bit_is_found(tmp_path_factory, data, bit):
+    folder = tmp_path_factory.getbasetemp() / "bits"
+    if not folder.exists():
+        _write(folder)
+    path = data.draw(st.sampled_from(_shards(folder)))
+    before = path.read_bytes()
+    place = data.draw(st.integers(0, len(before) - 1))
+    path.write_bytes(before[:place] + bytes([before[place] ^ 1 << bit]) + before[place + 1 :])
+    try:
+        with pytest.raises(UserError) as error:
+            verify(folder)
+    finally:
+        path.write_bytes(before)
+    assert str(error.value) == f"{path}: damaged, its content is not what was written (another sha256)"
+    verify(folder)
+
+
+def test_the_first_damaged_shard_is_named(tmp_path):
+    _write(tmp_path)
+    files = _shards(tmp_path)
+    for path in reversed(files):
+        codes = bytearray(path.read_bytes())
+        codes[-1] ^= 1  # a code that opening takes for as good as another
+        path.write_bytes(codes)
+        open_store(tmp_path)
+        with pytest.raises(UserError, match=rf"^{path}: damaged, "):
+            verify(tmp_path)
+    files[0].unlink()
+    message = rf"^{files[0]}: unreadable token grid \(No such file or directory\)$"
+    with pytest.raises(UserError, match=message):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize("digests", [None, [], ["0"], "01", {"0": 1, "1": 2}])
+def test_a_manifest_without_checksums(tmp_path, digests):
+    _write(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["tasks"]["film"]["validation"]["sha256"] = digests
+    write_manifest(tmp_path, manifest)
+    open_store(tmp_path)
+    message = rf"^{tmp_path}/manifest\.json: tasks\.film\.validation\.sha256 must be a list of 2 checksums$"
+    with pytest.raises(UserError, match=message):
+        verify(tmp_path)
+    with pytest.raises(UserError, match="not a token store"):
+        verify(tmp_path / "nowhere")
 
 
 # --- pictures -> codes

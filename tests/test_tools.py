@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from delvm.tokens.balance import STRATEGIES
-from tools import claims, compare_balance, picture, plan_balance, show_augment
+from tools import check_store, claims, compare_balance, picture, plan_balance, show_augment
 
 TASKS = ["segmentation", "deraining", "pose"]
 
@@ -162,4 +163,18 @@ def test_the_comparison_of_strategies(capsys):
     assert "augment below none on a: +1.050 (+0.500, +1.600), within the seeds' spread of 1.100" in said
     assert compare_balance.TUNING_SEED not in (0, 1, 2)
     assert set(compare_balance.CHOSEN) == set(STRATEGIES)
-    assert set(compare_balance.CHOSEN.values()) <= set(compare_balance.RATES)
+
+
+def test_a_store_is_checked(finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished / "run" / "tokens", tmp_path / "tokens")
+    shards = sorted(folder.rglob("0*.npy"))
+    assert run_tool(check_store, monkeypatch, folder) == 0
+    size = sum(path.stat().st_size for path in shards)
+    assert capsys.readouterr().out == f"{folder}: {size:,} bytes of tokens, all as they were written\n"
+    content = bytearray(shards[-1].read_bytes())
+    content[-1] ^= 1
+    shards[-1].write_bytes(content)
+    assert run_tool(check_store, monkeypatch, folder) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1].startswith(f"error: {shards[-1]}: damaged, its content is not what was")

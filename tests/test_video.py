@@ -1,6 +1,7 @@
 import json
 import pickle
 import sys
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from delvm.errors import UserError
-from delvm.images.video import Video
+from delvm.images.video import Video, decode_late, opened, read_frames
 
 LOSSLESS = {
     ".mkv": ("ffv1", "bgr0"),
@@ -213,6 +214,128 @@ def test_listing_goes_video_by_video(tmp_path):
     entries = _video(tmp_path / "videos", tmp_path / "masks").entries()
     assert next(entries)[0] == "a"
     assert _refused(list, entries) == f"tasks.t: video without annotation: {tmp_path / 'videos' / 'b'}"
+
+
+# --- clips from the midst of a film
+
+GROUP = 12  # frames from one key frame to the next
+
+
+def _write_film(path, codec, num=60, first=0, format=None, **options):
+    """Moving patterns, coded with few key frames; the first frame's time is `first` tenths of a second."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"no encoder {codec}")
+    rows, columns = np.mgrid[:32, :48]
+    with av.open(str(path), "w", format=format) as container:
+        stream = container.add_stream(codec, rate=10, options={key: str(x) for key, x in options.items()})
+        stream.height, stream.width, stream.pix_fmt, stream.gop_size = 32, 48, "yuv420p", GROUP
+        for number in range(num):
+            waves = 128 + 90 * np.sin((columns + 2 * number) / 9) * np.cos((rows - number) / 7)
+            picture = np.stack([waves, waves[::-1], np.full_like(waves, 4 * number)], axis=-1)
+            frame = av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")
+            frame.pts, frame.time_base = first + number, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def _decoded(path):
+    """All pictures of a film, from its beginning on, and the numbers of its key frames."""
+    with opened(path) as container:
+        frames = list(container.decode(video=0))
+        return [x.to_ndarray(format="rgb24") for x in frames], [
+            i for i, x in enumerate(frames) if x.key_frame
+        ]
+
+
+def _seen(path, numbers):
+    """The numbers of the frames that are decoded for a clip."""
+    seen = []
+    with opened(path) as container:
+        for number, _ in decode_late(container, numbers):
+            seen.append(number)
+            if number == numbers[-1]:
+                break
+    return seen
+
+
+CLIPS = ([0, 1, 2], [5, 9, 13], [12], [23, 24, 25], [11, 30], [36, 38, 40], [47, 53, 59], [58, 59], [59])
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "first", "begins", "options"),
+    [
+        ("mpeg4", ".mp4", 0, 0.1, {"bf": 2}),
+        ("mpeg4", ".mkv", 50, 5, {"bf": 2}),
+        ("mpeg4", ".avi", 0, 0, {}),
+        ("libx264", ".mp4", 0, 0.2, {"bf": 3}),
+        ("libx264", ".mov", 0, 0.2, {"bf": 8, "x264-params": "b-pyramid=normal:ref=8:scenecut=0"}),
+        ("libx264", ".mkv", 50, 5, {"bf": 3, "x264-params": "open-gop=1:b-adapt=0:scenecut=0"}),
+        ("libvpx-vp9", ".webm", 50, 5, {"deadline": "realtime", "cpu-used": 8}),
+    ],
+)
+def test_a_clip_is_decoded_from_the_key_frame_before_it(tmp_path, codec, suffix, first, begins, options):
+    path = _write_film(tmp_path / f"a{suffix}", codec, first=first, **options)
+    pictures, keys = _decoded(path)
+    assert len(pictures) == 60
+    assert len(keys) in (5, 6)  # the last frame may be one, where it has no other to be predicted from
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        assert stream.start_time * stream.time_base == pytest.approx(begins)
+    for numbers in CLIPS:
+        key = max(number for number in keys if number <= numbers[0])
+        assert _seen(path, numbers) == list(range(key, numbers[-1] + 1))
+        clip = read_frames(path, numbers)
+        np.testing.assert_array_equal(np.stack(clip), np.stack([pictures[number] for number in numbers]))
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".mp4"])  # of them every frame is a key frame
+def test_a_late_clip_of_a_film_whose_beginning_is_damaged(tmp_path, suffix):
+    path = _write_video(tmp_path / f"a{suffix}", 12)
+    with av.open(str(path)) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.size]
+    content = bytearray(path.read_bytes())
+    content[places[1] + 30 : places[2] - 30] = bytes(places[2] - places[1] - 60)
+    path.write_bytes(content)
+    assert _numbers(read_frames(path, [6, 9])) == [6, 9]
+    assert _numbers(read_frames(path, [0])) == [0]
+    assert _refused(read_frames, path, [1]).startswith(f"{path}: unreadable video (")
+    assert _refused(read_frames, path, [0, 9]).startswith(f"{path}: unreadable video (")
+
+
+def _cut_film(whole, path, begin):
+    """A film from a packet on, without encoding."""
+    with av.open(str(whole)) as film, av.open(str(path), "w") as cut:
+        stream = cut.add_stream_from_template(film.streams.video[0])
+        for packet in list(film.demux(video=0))[begin:]:
+            if packet.dts is not None:
+                packet.stream = stream
+                cut.mux(packet)
+
+
+@pytest.mark.parametrize("kind", ["no times", "guessed times", "refreshed", "vp8", "cut"])
+def test_a_clip_of_a_film_whose_times_do_not_tell(tmp_path, kind):
+    """It is decoded from the beginning."""
+    path = tmp_path / "a.avi"
+    if kind == "no times":
+        _write_film(path, "libx264", format="h264", bf=3)
+    elif kind == "guessed times":
+        _write_film(path, "libx264", bf=3)
+    elif kind == "refreshed":  # what is missing behind a key frame comes stripe by stripe
+        path = _write_film(tmp_path / "a.mp4", "libx264", **{"x264-params": "intra-refresh=1"})
+    elif kind == "vp8":
+        path = _write_film(tmp_path / "a.webm", "libvpx", **{"cpu-used": 8, "deadline": "realtime"})
+    else:
+        path = tmp_path / "a.mkv"
+        _cut_film(_write_film(tmp_path / "whole.mkv", "mpeg4", bf=2), path, 5)
+    pictures, _ = _decoded(path)
+    numbers = [len(pictures) - 20, len(pictures) - 15, len(pictures) - 1]
+    assert numbers[0] > 2 * GROUP
+    assert numbers[-1] not in _seen(path, numbers)
+    clip = read_frames(path, numbers)
+    np.testing.assert_array_equal(np.stack(clip), np.stack([pictures[number] for number in numbers]))
+    with pytest.raises(UserError, match=f"it ends before frame {len(pictures)}"):
+        read_frames(path, [numbers[0], len(pictures)])
 
 
 # --- annotations

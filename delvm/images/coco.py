@@ -37,6 +37,9 @@ class Coco:
     skeleton. An entry is `[stem, file, [height, width], facts]`; facts are, one an annotation, 51 keypoint
     numbers, `[category, segmentation]` or `[category, x, y, width, height]` (Lin et al., ECCV 2014).
 
+    The JSON is read whole: listing takes about five times the file's size in memory, 3 KB for an annotation
+    with a polygon of 25 points, 4 KB with keypoints too. Nothing of it is held after that.
+
     Args:
         images: folder of the photographs.
         annotations: the JSON file.

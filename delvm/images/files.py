@@ -53,19 +53,3 @@ def decode_picture(file: Path | BytesIO, name: str) -> np.ndarray:
         # Pillow would name a buffer by its address, another one in every run
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{name}: unreadable picture ({reason})") from error
-
-
-def list_pictures(folder: str | Path, key: str) -> dict[str, Path]:
-    """Stem -> file of the pictures right in a folder, sorted. `key` names the setting in errors."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{key}: no folder '{folder}'")
-    found: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
-            if file.stem in found:
-                raise UserError(
-                    f"{key}: '{found[file.stem].name}' and '{file.name}' have the same stem in {folder}"
-                )
-            found[file.stem] = file
-    return found

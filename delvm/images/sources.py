@@ -4,8 +4,10 @@ import functools
 import glob
 import hashlib
 import itertools
+import math
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +29,9 @@ from delvm.images.tasks import DataConfig, TaskConfig, open_storage
 SPLITS = ("train", "validation")
 READERS = 4  # threads: decoding a picture leaves Python's lock
 
+Group = tuple[str, str]
+"""A split, and in it a class; "" where classes are not told apart."""
+
 
 def held_out(stem: str, fraction: float, seed: int) -> bool:
     """Whether a stem is for validation: by its hash, so that every task holds out the same photographs."""
@@ -38,28 +43,57 @@ def held_out(stem: str, fraction: float, seed: int) -> bool:
 def split_samples(task: str, config: TaskConfig, seed: int) -> Iterator[tuple[str, Storage, Entry]]:
     """(split, storage, entry) of a task's samples, unread, at most `samples` and `validation_samples`.
 
+    Those are the first as they are listed; of source `classes` the first of every class, as even as they go.
+
     Raises:
         UserError: what the storage refuses; a split without samples.
     """
     limits = {"train": config.samples, "validation": config.validation_samples}
-    counts = dict.fromkeys(SPLITS, 0)
     places = {"": SPLITS[:1], "validation_": SPLITS[1:]} if config.validation_images else {"": SPLITS}
     for prefix, splits in places.items():
         storage = open_storage(task, config, seed, prefix)
+        even = config.source == "classes" and any(limits[split] for split in splits)
+        listing = functools.partial(_list_splits, storage, task, config, seed, prefix)
+        room: dict[Group, float] = {(split, ""): limits[split] or math.inf for split in splits}
+        if even:  # listed twice: the classes are counted first
+            room = _even_room(Counter((split, entry[2]) for split, entry in listing()), limits)
+        counts = dict.fromkeys(splits, 0)
         listed = 0
-        for entry in _list_entries(storage, task, prefix):
-            held = len(splits) > 1 and held_out(str(entry[0]), config.validation_fraction, seed)
-            split = splits[held]
+        for split, entry in listing():
             listed += 1
-            if not limits[split] or counts[split] < limits[split]:
+            group = split, entry[2] if even else ""
+            if room[group]:
+                room[group] -= 1
                 counts[split] += 1
                 yield split, storage, entry
-            elif all(0 < limits[other] <= counts[other] for other in splits):
+            elif not even and not any(room.values()):
                 break  # the films and tars that follow need not be opened
-        for split in splits:
-            if not counts[split]:
+        for split, count in counts.items():
+            if not count:
                 where = getattr(config, f"{prefix}images")
                 raise UserError(f"tasks.{task}: no {split} samples ({listed} in all in '{where}')")
+
+
+def _even_room(sizes: Mapping[Group, int], limits: Mapping[str, int]) -> dict[Group, float]:
+    """How many to take of each group: `deal` within each split, or all where it has no limit."""
+    room: dict[Group, float] = {}
+    for split, limit in limits.items():
+        own = {group: size for group, size in sizes.items() if group[0] == split}
+        room |= deal(own, limit or sum(own.values()))
+    return room
+
+
+def deal(sizes: Mapping[Group, int], total: int) -> dict[Group, int]:
+    """How many to take of each class: one of each in turn, in their order, until it is `total` or all.
+
+    sizes: how many there are of each.
+    """
+    dealt = dict.fromkeys(sizes, 0)
+    while total > 0 and (left := [group for group, size in sizes.items() if dealt[group] < size]):
+        for group in left[:total]:
+            dealt[group] += 1
+        total -= len(left)
+    return dealt
 
 
 def num_pictures(task: str, config: TaskConfig, seed: int) -> int:
@@ -73,6 +107,18 @@ def num_pictures(task: str, config: TaskConfig, seed: int) -> int:
         except UserError as error:
             first = first or error
     raise UserError(f"tasks.{task}: none of the first samples can be read, first: {first}")
+
+
+def _list_splits(
+    storage: Storage, task: str, config: TaskConfig, seed: int, prefix: str
+) -> Iterator[tuple[str, Entry]]:
+    """(split, entry) of all that a storage lists."""
+    for entry in _list_entries(storage, task, prefix):
+        if config.validation_images:
+            held = bool(prefix)
+        else:
+            held = held_out(str(entry[0]), config.validation_fraction, seed)
+        yield SPLITS[held], entry
 
 
 def _list_entries(storage: Storage, task: str, prefix: str) -> Iterator[Entry]:

@@ -62,7 +62,8 @@ class TaskConfig:
     ranges: dict[str, list[float]] = field(default_factory=dict)
     """What `make` draws from, [lowest, highest] by name: angle: [-40, 40] of rain. See `RESTORED`."""
     samples: int = 0
-    """Training samples of a scene; of other sources, the first so many as they are listed (0: all)."""
+    """Training samples of a scene; of other sources, the first so many as they are listed (0: all), of
+    `classes` the first of every class, as even as they go."""
     validation_samples: int = 0
     """Held-out samples, as `samples`."""
     policy: str = ""

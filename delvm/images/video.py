@@ -2,18 +2,23 @@
 
 import re
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from delvm.errors import UserError
-from delvm.images.files import Entry, Sample, list_pictures, read_picture
+from delvm.images.files import Entry, Sample, read_picture
+from delvm.images.folders import Folder
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".webm", ".mov")
+
+REORDERED = 16
+"""A frame is stored at most so many places behind its turn: the most that H.264 and HEVC allow."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def list_videos(folder: str, setting: str) -> dict[str, Path]:
 
 def list_frames(folder: Path) -> list[Path]:
     """The pictures of a folder by name, numbers in it by their value: `2.png` comes before `10.png`."""
-    frames = list_pictures(folder, str(folder))
+    frames = Folder(folder, str(folder))
     if not frames:
         raise UserError(f"{folder}: no frames in this folder")
     return [frames[stem] for stem in sorted(frames, key=by_number)]
@@ -149,21 +154,72 @@ def count_frames(path: Path) -> int:
 
 
 def read_frames(path: Path, numbers: Sequence[int]) -> list[np.ndarray]:
-    """The frames of these ascending numbers, (H, W, 3) uint8 RGB each; nothing behind the last is decoded."""
+    """The frames of these ascending numbers, (H, W, 3) uint8 RGB each.
+
+    Of a video file that tells its frames' times, no more is decoded than from the key frame before the first
+    to the last.
+    """
     if path.is_dir():
         frames = list_frames(path)
         return [read_picture(frames[number]) for number in numbers]
-    wanted = set(numbers)
-    pictures = []
+    with suppress(UserError), opened(path) as container:  # what is wrong is said of the whole film, below
+        pictures = take(decode_late(container, numbers), numbers)
+        if len(pictures) == len(numbers):
+            return pictures
     with opened(path) as container:
-        for number, frame in enumerate(container.decode(video=0)):
-            if number in wanted:
-                pictures.append(frame.to_ndarray(format="rgb24"))
-            if number == numbers[-1]:
-                break
+        pictures = take(enumerate(container.decode(video=0)), numbers)
         if len(pictures) < len(numbers):
             raise ValueError(f"it ends before frame {numbers[len(pictures)]}")
     return pictures
+
+
+def take(frames: Iterable[tuple[int, Any]], numbers: Sequence[int]) -> list[np.ndarray]:
+    """The pictures of these ascending numbers; no frame behind the last is asked for."""
+    wanted = set(numbers)
+    pictures = []
+    for number, frame in frames:
+        if number in wanted:
+            pictures.append(frame.to_ndarray(format="rgb24"))
+        if number == numbers[-1]:
+            break
+    return pictures
+
+
+def decode_late(container: Any, numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """(number, frame) from the key frame at or before the first of ascending numbers on.
+
+    Packets are read up to the last number, undecoded, for their times: sorted, these number the frames. It
+    ends where they do not tell for sure what a frame's number is when the film is decoded from its beginning:
+
+    - packets have no times, or two have one: a raw stream may have none, those of AVI are guessed;
+    - the film was cut within a group of pictures: what comes before its first key frame may not be shown;
+    - packets are not frames: fields in packets of their own, VP8's pictures that are never shown, a picture
+      that is whole only some frames behind a key frame.
+    """
+    stream = container.streams.video[0]
+    if stream.codec_context.codec.canonical_name == "vp8":
+        return
+    packets = (packet for packet in container.demux(stream) if packet.size)  # the last, empty, flushes
+    times, keys = [], []
+    for packet in islice(packets, numbers[-1] + 1 + REORDERED):
+        times.append(packet.pts)
+        if packet.is_keyframe:
+            keys.append(packet.pts)
+    if len(times) <= numbers[0] or None in times or len(set(times)) < len(times):
+        return
+    if times[0] not in keys or times[0] != min(times):
+        return
+    times.sort()
+    key = max(time for time in keys if time <= times[numbers[0]])
+    container.seek(key, stream=stream)
+    places = {time: number for number, time in enumerate(times)}
+    following = places[key]
+    for frame in container.decode(stream):
+        number = places.get(frame.pts, len(times))
+        if number > following:
+            return
+        yield number, frame  # the first ones may be of the group before, stored behind the key frame
+        following = max(following, number + 1)
 
 
 @contextmanager

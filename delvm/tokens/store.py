@@ -15,6 +15,7 @@ from mmap import mmap
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from delvm.errors import UserError
 
@@ -203,7 +204,7 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def open_store(folder: Path, *, tokenizer: str = "") -> TokenStore:
-    """Open a store for reading.
+    """Open a store for reading. Its codes are not read, so not compared with what was written: see `verify`.
 
     Args:
         folder: what `write_manifest` ended.
@@ -213,21 +214,8 @@ def open_store(folder: Path, *, tokenizer: str = "") -> TokenStore:
         UserError: no manifest or an unreadable one; another tokenizer; a shard that is missing, cut short or
             of another shape than the manifest says.
     """
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: not a token store (no manifest.json)")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        written, dtype = manifest["tokenizer"], code_dtype(int(manifest["num_codes"]))
-        layouts = {
-            split: {
-                task: _layout(folder / f"{task}.{split}", entry[split], dtype)
-                for task, entry in manifest["tasks"].items()
-            }
-            for split in SPLITS
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: unreadable manifest ({error!r})") from error
+    manifest, layouts = _read_manifest(folder)
+    written = manifest["tokenizer"]
     if tokenizer and tokenizer != written:
         raise UserError(f"{folder}: written by tokenizer {written}, this one is {tokenizer}")
     grids = {
@@ -243,6 +231,61 @@ def open_store(folder: Path, *, tokenizer: str = "") -> TokenStore:
         for split, parts in layouts.items()
     }
     return TokenStore(manifest=manifest, grids=grids, classes=classes)
+
+
+def verify(folder: Path) -> int:
+    """Compare every shard of a store with its checksum in the manifest; all files are read once.
+
+    `classes.npy` has no checksum.
+
+    Returns:
+        How many bytes were found as they were written.
+
+    Raises:
+        UserError: no manifest or an unreadable one; the first shard that is missing or not what was written.
+    """
+    manifest, layouts = _read_manifest(folder)
+    shards: list[tuple[Path, str]] = []
+    for split, parts in layouts.items():
+        for task, layout in parts.items():
+            digests = manifest["tasks"][task][split].get("sha256")
+            if not isinstance(digests, list) or len(digests) != layout.num_shards:
+                place = f"tasks.{task}.{split}.sha256"
+                raise UserError(
+                    f"{folder / 'manifest.json'}: {place} must be a list of {layout.num_shards} checksums"
+                )
+            shards += zip(map(layout.path, range(layout.num_shards)), digests, strict=True)
+    total = 0
+    with tqdm(shards, desc="verify", unit="shard") as bar:
+        for path, written in bar:
+            try:
+                found, size = _digest(path), path.stat().st_size
+            except OSError as error:
+                raise UserError(f"{path}: unreadable token grid ({error.strerror})") from error
+            if found != written:
+                raise UserError(f"{path}: damaged, its content is not what was written (another sha256)")
+            total += size
+    return total
+
+
+def _read_manifest(folder: Path) -> tuple[dict, dict[str, dict[str, Layout]]]:
+    """A store's manifest, and how its grids are cut, `layouts[split][task]`."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: not a token store (no manifest.json)")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        _, dtype = manifest["tokenizer"], code_dtype(int(manifest["num_codes"]))
+        layouts = {
+            split: {
+                task: _layout(folder / f"{task}.{split}", entry[split], dtype)
+                for task, entry in manifest["tasks"].items()
+            }
+            for split in SPLITS
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: unreadable manifest ({error!r})") from error
+    return manifest, layouts
 
 
 def _layout(folder: Path, entry: dict, dtype: np.dtype) -> Layout:
