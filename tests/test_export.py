@@ -11,8 +11,8 @@ from PIL import Image
 
 from delvm import llama
 from delvm.errors import UserError
-from delvm.evaluate.prompting import complete
 from delvm.export import USAGE, export
+from delvm.generation import complete
 from delvm.tokenizer.vqgan import Tokenizer
 
 NUM_CODES, SIZE, PATCH = 24, 16, 4  # 16 codes a picture

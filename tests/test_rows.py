@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from delvm.tokens.balance import TaskPlan
 from delvm.tokens.rows import IGNORED, TrainingSentences, row_length
-from delvm.tokens.sentences import SentencesConfig, find_forms
+from delvm.tokens.sentences import ANNOTATION, IMAGE, SPECIAL, SentencesConfig, find_forms
 from delvm.tokens.store import Grid, TokenStore
 from tests.tiny_store import (
     BOS,
@@ -240,3 +240,32 @@ def test_sentences_of_several_lengths_ask_for_a_row_length():
     assert tiny_dataset(MIXED, length=4096).length == 4096
     same = tiny_forms({"a": PAIRS, "b": PAIRS}, SentencesConfig())
     assert row_length(SentencesConfig(), same) == 10
+
+
+# --- what stands where
+
+
+@pytest.mark.parametrize("length", [0, 9, 23])
+@pytest.mark.parametrize("supervise", ["all", "annotations"])
+def test_details_say_what_every_token_is(length, supervise):
+    shapes = {"one": PAIRS, "two": PAIRS} if length == 0 else {"pairs": PAIRS, "film": FILM}
+    dataset = tiny_dataset(shapes, length=length, supervise=supervise, details=True)
+    plain = tiny_dataset(shapes, length=length, supervise=supervise)
+    rows = dataset.__getitems__(range(30))
+    for index in range(30):
+        row = dataset[index]
+        assert {key: value.tolist() for key, value in row.items()} == {
+            key: value[index].tolist() for key, value in rows.items()
+        }
+        assert {key: row[key].tolist() for key in plain[index]} == {
+            key: value.tolist() for key, value in plain[index].items()
+        }
+        assert set(row) - set(plain[index]) == {"tasks", "roles", "places"}
+        told = (row[key].tolist() for key in ("tokens", "tasks", "roles", "places"))
+        for token, task, role, place in zip(*told, strict=True):
+            if token >= BOS:
+                assert (role, place) == (SPECIAL, -1)
+            else:
+                assert (task, place) == (where(token)[0], where(token)[4])
+                assert role == (ANNOTATION if where(token)[3] % 2 else IMAGE)
+        assert len(set(row["tasks"].tolist())) == 1 or length  # a whole row is of one task

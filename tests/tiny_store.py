@@ -56,7 +56,7 @@ def every_view(shapes):
     return {task: TaskPlan(n, views, n * views, 1.0, 1.0, views) for task, (n, views, *_) in shapes.items()}
 
 
-def tiny_dataset(shapes, *, classes=None, plans=None, num_rows=10_000, seed=0, **config):
+def tiny_dataset(shapes, *, classes=None, plans=None, num_rows=10_000, seed=0, details=False, **config):
     settings = SentencesConfig(**config)
     return TrainingSentences(
         tiny_store(shapes, classes),
@@ -65,6 +65,7 @@ def tiny_dataset(shapes, *, classes=None, plans=None, num_rows=10_000, seed=0, *
         settings,
         num_rows=num_rows,
         seed=seed,
+        details=details,
     )
 
 

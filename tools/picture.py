@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw
 from delvm import chain, llama
 from delvm import recipe as recipes
 from delvm.errors import UserError
-from delvm.evaluate.prompting import Picture, complete, load_pictures
+from delvm.evaluate.prompting import Picture, load_pictures
+from delvm.generation import complete
 from delvm.images.augment import view
 from delvm.images.files import read_picture
 from delvm.tokenizer import Tokenizer

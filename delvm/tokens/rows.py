@@ -50,6 +50,8 @@ class TrainingSentences(Dataset):
     Row i depends on the seed and i alone, so that a run which stops and goes on sees the same rows. Items:
     `tokens` (length,) int64; where not all of them are targets also `labels`, the same with IGNORED; where
     boundaries stop inside a row also `positions` (length,) int64, from 0 at the start of every sentence.
+    With `details`, for weights and scores by task, role and place in the picture, also `tasks`, `roles` and
+    `places`, (length,) int64 each: the task's index, and what `Form` says of the token.
     A list of items (`__getitems__`) is one dict of (rows, length) tensors.
     """
 
@@ -62,6 +64,7 @@ class TrainingSentences(Dataset):
         *,
         num_rows: int,
         seed: int,
+        details: bool = False,
     ) -> None:
         self.num_rows, self.seed, self.length = num_rows, seed, row_length(config, forms)
         self.tasks = list(plans)
@@ -77,9 +80,14 @@ class TrainingSentences(Dataset):
         self.whole = {form.length for form in self._forms} == {self.length}
         """Whether every row is one sentence."""
         self._ends = config.ends(store.num_codes)
+        self.tokens_per_image = store.tokens_per_image
         stop = config.boundaries == "stop" and not self.whole
         num_keys = 3 if stop else 1 if all_targets else 2
         self._keys = ("tokens", "labels", "positions")[:num_keys]
+        if details:
+            self._keys += ("tasks", "roles", "places")
+        self._roles = [form.roles.numpy().astype(np.int64) for form in self._forms]
+        self._places = [form.places.numpy() for form in self._forms]
         # the last two epochs composed (a row may reach into the next); no lru_cache: workers pickle this
         self._epochs: dict[int, Epoch] = {}
 
@@ -142,9 +150,15 @@ class TrainingSentences(Dataset):
         return self._labelled(tokens, tasks)
 
     def _labelled(self, tokens: np.ndarray, tasks: int | np.ndarray) -> dict[str, np.ndarray]:
-        if "labels" not in self._keys:
-            return {"tokens": tokens}
-        return {"tokens": tokens, "labels": np.where(np.stack(self._targets)[tasks], tokens, IGNORED)}
+        """The item, or batch, of whole rows, each of one task."""
+        row = {"tokens": tokens}
+        if "labels" in self._keys:
+            row["labels"] = np.where(np.stack(self._targets)[tasks], tokens, IGNORED)
+        if "tasks" in self._keys:
+            row["tasks"] = np.broadcast_to(np.asarray(tasks)[..., None], tokens.shape).copy()
+            row["roles"] = np.stack(self._roles)[tasks]
+            row["places"] = np.stack(self._places)[tasks]
+        return row
 
     def picks(self, index: int) -> tuple[int, np.ndarray]:
         """The task's index and (images, 3) int64, the (sample, view, picture) that a whole row shows."""
@@ -165,21 +179,29 @@ class TrainingSentences(Dataset):
         return _tensors(self._labelled(tokens, tasks))
 
     def _cut_row(self, index: int) -> dict[str, np.ndarray]:
-        pieces, filled = [], 0
+        pieces: list[dict[str, np.ndarray]] = []
+        filled = 0
         while filled < self.length:
             number, offset = divmod(index * self.length + filled, self.tokens_per_epoch)
             epoch = self._epoch(number)
             place = int(np.searchsorted(epoch.ends, offset, side="right"))
             left = epoch.ends[place] - offset  # tokens of this sentence that no row before has
             task, sentence = self._sentence(epoch, place)
-            labels = np.where(self._targets[task], sentence, IGNORED)
-            tokens, labels = (part[-left:][: self.length - filled] for part in (sentence, labels))
+            whole = {
+                "tokens": sentence,
+                "labels": np.where(self._targets[task], sentence, IGNORED),
+                "positions": np.arange(len(sentence)),
+                "tasks": np.full(len(sentence), task),
+                "roles": self._roles[task],
+                "places": self._places[task],
+            }
+            piece = {key: whole[key][-left:][: self.length - filled] for key in self._keys}
             if "positions" in self._keys:
-                labels[0] = IGNORED  # of a sentence's rest, too: what stood before it is out of sight
-            pieces.append((tokens, labels, np.arange(len(tokens))))
-            filled += len(tokens)
-        parts = zip(*pieces, strict=True)
-        return {key: np.concatenate(part) for key, part in zip(self._keys, parts, strict=False)}
+                piece["positions"] = piece["positions"] - piece["positions"][0]
+                piece["labels"][0] = IGNORED  # of a sentence's rest, too: what stood before is out of sight
+            pieces.append(piece)
+            filled += len(piece["tokens"])
+        return {key: np.concatenate([piece[key] for piece in pieces]) for key in self._keys}
 
     def _sentence(self, epoch: Epoch, place: int) -> tuple[int, np.ndarray]:
         """The task's index and the tokens, (its length,) int64, of a sentence of an epoch."""

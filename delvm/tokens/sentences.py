@@ -163,6 +163,12 @@ class Form:
         body = self.image_roles.repeat(self.tokens)
         return torch.from_numpy(np.pad(body, int(self.specials), constant_values=SPECIAL))
 
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """(length,) int64: where in its picture each token of a sentence stands, -1 for SPECIAL."""
+        body = np.tile(np.arange(self.tokens), self.images)
+        return torch.from_numpy(np.pad(body, int(self.specials), constant_values=-1))
+
     def picks(
         self, plan: TaskPlan, count: int, rng: np.random.Generator, classes: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
