@@ -3,9 +3,11 @@
     python -m delvm.fit recipes/quickstart.yaml
     python -m delvm.fit recipes/pairs.yaml tasks.edges.images=photos tasks.edges.annotations=drawings seed=1
     python -m delvm.fit recipes/quickstart.yaml --dry-run
+    torchrun --nproc-per-node 8 -m delvm.fit recipes/quickstart.yaml
 
-Sections of a recipe: data, tasks.NAME, balance, tokenizer, sentences, teacher, scratch, student, prompting,
-trainer. recipe.yaml in any run folder shows every key with its value; the Config classes say what they mean.
+Sections of a recipe: data, tasks.NAME, balance, tokenizer, sentences, teacher, scratch, cache, student,
+prompting, trainer. recipe.yaml in any run folder shows every key with its value; the Config classes say what
+they mean.
 
 A recipe's sections are stages. Each leaves a folder under run_dir, whole or not at all; a second run reuses
 what is unchanged, makes anew what a changed section touches, and goes on where it was stopped.
@@ -25,7 +27,7 @@ from types import FrameType
 
 from delvm.errors import UserError
 
-USAGE_ERROR, STOPPED = 2, 130
+ENDED, USAGE_ERROR, STOPPED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,24 +53,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(recipe_file: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -> int:
-    """Run a recipe file; returns 0, 2 for what the user can mend, 130 when stopped."""
+    """Run a recipe file; returns 0, 2 for what the user can mend, 130 when stopped.
+
+    1 where another of several processes ended the run and said why.
+    """
     # imported here, so that --help answers at once
-    from delvm import chain, recipe, summary
+    from delvm import chain, console, ranks, recipe, summary
     from delvm.training import Interrupted
 
     _quieten()  # after the imports: lightning sets its levels on import
 
     folder: Path | None = None
     try:
-        work = chain.Run(recipe.load(recipe_file, overrides))
-        recipe.check_run_dir(work.recipe)
-        folder = work.dir
-        if dry_run:
-            summary.dry_run(work)
-        else:
-            work.fit()
-            summary.conclude(work)
+        with ranks.joined():
+            console.console.quiet = not ranks.is_first()
+            work = chain.Run(recipe.load(recipe_file, overrides))
+            ranks.on_first(lambda: recipe.check_run_dir(work.recipe))
+            folder = work.dir
+            if dry_run:
+                ranks.on_first(lambda: summary.dry_run(work))
+            else:
+                work.fit()
+                ranks.on_first(lambda: summary.conclude(work))
         return 0
+    except ranks.Ended:
+        return ENDED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

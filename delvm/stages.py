@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from delvm import ranks
+
 RECORD = "stage.json"
 
 
@@ -23,13 +25,16 @@ class Stage:
     """One arrow of the chain.
 
     `inputs` is everything but other stages' results that the work depends on: dataclasses or JSON values.
-    `work` writes into the folder it is given, and returns the stage's metrics, JSON-ready.
+    `work` writes into the folder it is given, and returns the stage's metrics, JSON-ready. Of several
+    processes the first does it while the others wait; if it is `together`, all do, and the metrics are those
+    of the first.
     """
 
     name: str
     inputs: Sequence[Any]
     needs: Sequence[str]
     work: Callable[[Path], dict]
+    together: bool = False
 
 
 def stage_key(stage: Stage, keys: dict[str, str]) -> str:
@@ -56,38 +61,53 @@ def run_stage(stage: Stage, run_dir: Path, keys: dict[str, str], say: Callable[[
     """Do a stage, or find it done; adds its key to `keys` and returns its metrics."""
     key = stage_key(stage, keys)
     keys[stage.name] = key
-    folder = run_dir / stage.name
-    done = record(folder)
+    folder, partial = run_dir / stage.name, run_dir / f".{stage.name}.partial"
+    done = ranks.on_first(lambda: record(folder))
     if done.get("key") == key:
         say(f"{stage.name}: unchanged, reused")
         return done["metrics"]
-    partial = run_dir / f".{stage.name}.partial"
+    done = ranks.on_first(lambda: _begin(stage, key, partial))
+    if "metrics" not in done:  # else it was killed just before its renaming
+        start = time.monotonic()
+        try:
+            metrics = stage.work(partial) if stage.together else ranks.on_first(lambda: stage.work(partial))
+        finally:
+            done["seconds"] = round(done["seconds"] + time.monotonic() - start, 2)
+            if ranks.is_first():
+                with contextlib.suppress(OSError):  # what went wrong matters more
+                    write_atomic(partial / RECORD, json.dumps(done, indent=2))
+        done["metrics"] = metrics
+    if stage.together:
+        ranks.barrier()  # all have written what they had to write
+    done = ranks.on_first(lambda: _end(done, partial, folder))
+    say(f"{stage.name}: done in {done['seconds']:.0f} s")
+    return done["metrics"]
+
+
+def _begin(stage: Stage, key: str, partial: Path) -> dict:
+    """A folder to work in; returns its record."""
     if partial.is_dir() and record(partial).get("key") != key:
         shutil.rmtree(partial)  # begun for other settings
     partial.mkdir(parents=True, exist_ok=True)
     done = record(partial)
-    if "metrics" not in done:  # else it was killed just before its renaming
-        begun = {"key": key, "inputs": _plain(stage.inputs), "seconds": done.get("seconds", 0.0)}
-        write_atomic(partial / RECORD, json.dumps(begun, indent=2))
-        start = time.monotonic()
-        try:
-            metrics = stage.work(partial)
-        finally:
-            begun["seconds"] = round(begun["seconds"] + time.monotonic() - start, 2)
-            with contextlib.suppress(OSError):  # what went wrong matters more
-                write_atomic(partial / RECORD, json.dumps(begun, indent=2))
-        done = {**begun, "metrics": metrics}
+    if "metrics" not in done:
+        done = {"key": key, "inputs": _plain(stage.inputs), "seconds": done.get("seconds", 0.0)}
         write_atomic(partial / RECORD, json.dumps(done, indent=2))
+    return done
+
+
+def _end(done: dict, partial: Path, folder: Path) -> dict:
+    """Put the folder in its place, with its record; returns that."""
+    write_atomic(partial / RECORD, json.dumps(done, indent=2))
     if folder.exists():
-        old = run_dir / f".{stage.name}.old"  # never half a folder under the stage's name
+        old = folder.with_name(f".{folder.name}.old")  # never half a folder under the stage's name
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
         os.replace(partial, folder)
         shutil.rmtree(old)
     else:
         os.replace(partial, folder)
-    say(f"{stage.name}: done in {done['seconds']:.0f} s")
-    return done["metrics"]
+    return done
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 Every stage that trains runs here, so that all of them show one progress bar, log to TensorBoard, stop cleanly
 on Ctrl-C and SIGTERM, and go on from their last checkpoint to the result that an uninterrupted run has.
+A step is the same items, however many processes (`ranks`) and micro-batches share them.
 """
 
 import os
@@ -11,26 +12,39 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+from delvm import ranks
 from delvm.errors import UserError
+from delvm.monitor import Monitor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHECKPOINT = "last.ckpt"
-PRECISIONS = ("32-true", "bf16-mixed")
+CHOICES = {
+    "accelerator": ("auto", "cpu", "gpu"),
+    "precision": ("32-true", "bf16-mixed"),
+    "attention": ("auto", "sdpa", "eager"),
+}
 
 
 @dataclass
 class TrainerConfig:
-    """The machine's side of training; only `precision` changes what is learnt, a little."""
+    """The machine's side of training; only `precision` and `averaging` change what is learnt, a little."""
 
     accelerator: str = "auto"
     """`auto`, `cpu` or `gpu`."""
@@ -42,18 +56,36 @@ class TrainerConfig:
     """Steps between two points of a curve; a point is the mean over these steps."""
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
+    diagnose_every: int = 100
+    """Steps between two looks at what the losses ask of the model, in TensorBoard; 0 never."""
+    accumulate: int = 1
+    """Micro-batches that each process makes of its share of a step, one after the other: less memory."""
+    averaging: float = 0.0
+    """Decay of the weights' moving average, which is then what is saved, such as 0.999; 0 takes none."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third slower."""
+    compile: bool = False
+    """Compile the model: a minute or more at the start, faster steps on a GPU."""
+    attention: str = "auto"
+    """`auto`, `sdpa` or `eager`: how attention is computed; `auto` goes by device and length."""
 
     def __post_init__(self) -> None:
-        for key, choices in (("accelerator", ("auto", "cpu", "gpu")), ("precision", PRECISIONS)):
+        for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}: '{getattr(self, key)}' is unknown; choices: {', '.join(choices)}")
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise ValueError("accelerator: 'gpu' asked for, but torch sees none; choices: auto, cpu")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers: {self.num_workers} must be at least 0")
-        for key in ("log_every", "checkpoint_every"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")
+        if self.device().type == "cuda" and ranks.local_world() > torch.cuda.device_count():
+            raise ValueError(
+                f"accelerator: {ranks.local_world()} processes on this machine, but torch sees"
+                f" {torch.cuda.device_count()} GPUs; start one for each"
+            )
+        for key, least in (("num_workers", 0), ("log_every", 1), ("checkpoint_every", 1),
+                           ("diagnose_every", 0), ("accumulate", 1)):  # fmt: skip
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}: {getattr(self, key)} must be at least {least}")
+        if not 0 <= self.averaging < 1:
+            raise ValueError(f"averaging: {self.averaging} must lie in 0..1, 1 excluded")
 
     def device(self) -> torch.device:
         """The device for work outside the Trainer: encoding, evaluation."""
@@ -61,24 +93,88 @@ class TrainerConfig:
         return torch.device("cuda" if gpu else "cpu")
 
 
+def check_batch_size(key: str, batch_size: int, accumulate: int) -> None:
+    """Refuse a step that processes and micro-batches cannot share evenly.
+
+    Raises:
+        UserError: it names `key`.
+    """
+    if batch_size % (ranks.world() * accumulate):
+        shares = f"processes * trainer.accumulate = {ranks.world()} * {accumulate}"
+        raise UserError(f"{key}: {batch_size} a step must divide by {shares}")
+
+
+def choose_attention(device: torch.device, length: int) -> str:
+    """transformers' implementation of attention over `length` tokens for training on this device."""
+    # measured forward and backward, 4 heads of 32, 322 tokens, 2 CPU threads: eager takes 1.2 times as long
+    return "sdpa"
+
+
+def set_up_model(model: "PreTrainedModel", config: TrainerConfig, length: int) -> None:
+    """Set a model's attention, checkpointing and compilation, in place; its weights keep names and values.
+
+    length: tokens of the rows that it is to be trained on.
+    """
+    automatic = config.attention == "auto"
+    model.set_attn_implementation(
+        choose_attention(config.device(), length) if automatic else config.attention
+    )
+    if config.checkpointing:
+        checkpoint_activations(model)
+    if config.compile:
+        model.base_model.compile()  # what all losses run; in place, or the weights' names would change
+
+
+def checkpoint_activations(model: "PreTrainedModel") -> None:
+    """Let a model keep the input of each layer alone and compute the rest again (Chen et al. 2016)."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # transformers checkpoints in training mode alone
+
+
 class Interrupted(Exception):
     """Training was asked to stop and has written its checkpoint."""
 
 
 class InOrder(Sampler[int]):
-    """The items of a data set in order, from the batch at which training stands.
+    """This process' share of each step's items, in order, from the step at which training stands.
 
     Its length stays that of the whole run: Lightning counts the batches before a restart itself.
     """
 
-    def __init__(self, num_items: int, batch_size: int, module: pl.LightningModule) -> None:
-        self.num_items, self.batch_size, self.module = num_items, batch_size, module
+    def __init__(self, steps: int, batch_size: int, module: pl.LightningModule) -> None:
+        self.steps, self.batch_size, self.module = steps, batch_size, module
+        self.share = batch_size // ranks.world()
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.module.global_step * self.batch_size, self.num_items))
+        for step in range(self.module.global_step, self.steps):
+            first = step * self.batch_size + ranks.rank() * self.share
+            yield from range(first, first + self.share)
 
     def __len__(self) -> int:
-        return self.num_items
+        return self.steps * self.share
+
+
+class MicroBatches(DataLoader):
+    """Batches, each told what the whole step counts in this process.
+
+    A step is `accumulate` batches; what `module.count(batch)` says, a dict of whole numbers, is summed over
+    them and put into each as int64 scalars. A loss divides by it: the mean over a step's tokens is not the
+    mean of its batches' means. A module without `count` gets the batches as they are.
+    """
+
+    def __init__(self, *args: Any, module: pl.LightningModule, accumulate: int, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.accumulate, self.count = accumulate, getattr(module, "count", None)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        if self.count is None:
+            yield from batches
+            return
+        while step := list(islice(batches, self.accumulate)):
+            counts = list(map(self.count, step))
+            totals = {key: torch.tensor(sum(count[key] for count in counts)) for key in counts[0]}
+            yield from ({**batch, **totals} for batch in step)
 
 
 class Shuffled(Dataset):
@@ -107,10 +203,55 @@ class Shuffled(Dataset):
         return torch.cat(list(items))
 
 
-class Progress(pl.Callback):
-    """Progress bar, curve, checkpoints and a clean stop.
+class Averaging(pl.Callback):
+    """An exponential moving average of the weights (Polyak and Juditsky 1992).
 
-    `training_step` returns a dict of scalars with `loss` among them; each becomes a curve.
+    Lightning's own copies the whole module, here with a frozen teacher in it. After step t the decay is
+    min(decay, (1 + t) / (10 + t)): a short run must not end on an average of its random start.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: dict[str, torch.Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.average
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.average = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.average = {
+            name: self.average.get(name, weight).detach().to(weight.device, copy=True)
+            for name, weight in _trained(pl_module).items()
+        }
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        update = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+        update(list(self.average.values()), list(_trained(pl_module).values()), step)
+
+    @torch.no_grad()
+    def replace_weights(self, module: pl.LightningModule) -> None:
+        """Put the average in the place of the weights."""
+        for name, weight in _trained(module).items():
+            weight.copy_(self.average[name])
+
+
+def _trained(module: pl.LightningModule) -> dict[str, torch.nn.Parameter]:
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+
+
+class Progress(pl.Callback):
+    """Progress bar, curve, checkpoints and a clean stop, of the first process for all.
+
+    `training_step` returns a dict of scalars with `loss` among them; each becomes a curve, of its mean over
+    micro-batches, processes and steps.
     """
 
     def __init__(self, name: str, steps: int, config: TrainerConfig, folder: Path) -> None:
@@ -129,7 +270,10 @@ class Progress(pl.Callback):
         self.curve, self._sums, self._rng = state_dict["curve"], state_dict["sums"], state_dict["rng"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._bar = tqdm(total=self.steps, initial=trainer.global_step, desc=self.name, unit="step")
+        self._bar = tqdm(
+            total=self.steps, initial=trainer.global_step, desc=self.name, unit="step",
+            disable=not ranks.is_first(),
+        )  # fmt: skip
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._request_stop)
@@ -145,16 +289,20 @@ class Progress(pl.Callback):
             self._rng = None
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._bar is not None
         step = trainer.global_step
         for key, value in outputs.items():
+            if key != "loss":  # which Lightning has divided
+                value = value / self.config.accumulate
             self._sums[key] = self._sums.get(key, 0.0) + value.detach()
+        if (batch_idx + 1) % self.config.accumulate:
+            return
         self._bar.update()
         if step % self.config.log_every == 0 or step == self.steps:
             num_steps = step - (self.curve[-1]["step"] if self.curve else 0)
-            point = {key: float(value) / num_steps for key, value in self._sums.items()}
+            point = {key: float(value) / num_steps for key, value in ranks.mean(self._sums).items()}
             self._sums = {}
             if not all(map(torch.isfinite, map(torch.tensor, point.values()))):
                 raise UserError(
@@ -166,14 +314,16 @@ class Progress(pl.Callback):
                 logger.log_metrics(point, step)
         if step % self.config.checkpoint_every == 0 and step < self.steps:
             self._save(trainer)
-        if self._stop is not None:  # at the last step too: what called train is asked to stop as well
+        # at the last step too: what called train is asked to stop as well
+        if ranks.any_rank(self._stop is not None):
             self._save(trainer)
             raise Interrupted(f"{self.name}: stopped at step {step} of {self.steps}")
 
     def _save(self, trainer: pl.Trainer) -> None:
+        self._sums = ranks.mean(self._sums)  # the checkpoint is the first process'
         partial = self.folder / f".{CHECKPOINT}.partial"
         trainer.save_checkpoint(partial)
-        os.replace(partial, self.folder / CHECKPOINT)
+        ranks.on_first(lambda: os.replace(partial, self.folder / CHECKPOINT))
 
     # not in `teardown`: Lightning calls that after it has put back the signal handlers it found, and only if
     # all went well
@@ -214,10 +364,12 @@ def train(
     """Train for `steps` steps on `dataset`, item 0 first, and return the curve.
 
     Args:
-        module: its `training_step` returns a dict of scalars.
+        module: its `training_step` returns a dict of scalars. The step's gradient is that of `loss`, in the
+            mean over micro-batches and processes; see `MicroBatches` for one that weighs all tokens alike.
         dataset: map-style, `steps * batch_size` items; item i depends on i alone. Its `collate`, if
             it has one, makes the batches.
         name: shown on the bar and in TensorBoard.
+        batch_size: items a step, over all processes and micro-batches.
         clip: norm at which the gradient is clipped.
         folder: where checkpoints go; one that is there is gone on from. `discard_checkpoint` ends it.
         tensorboard: folder of the event files.
@@ -228,13 +380,20 @@ def train(
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint stands in `folder`.
         KeyboardInterrupt: it came twice, or before the first step.
-        UserError: the loss is not finite.
+        UserError: the loss is not finite; processes and micro-batches cannot share `batch_size` evenly.
     """
+    check_batch_size(f"{name}.batch_size", batch_size, config.accumulate)
     progress = Progress(name, steps, config, folder)
-    loader = DataLoader(
+    averaging = Averaging(config.averaging)
+    callbacks: list[pl.Callback] = [progress, Monitor(config.log_every, config.diagnose_every)]
+    if config.averaging:
+        callbacks.insert(0, averaging)  # before what saves it
+    loader = MicroBatches(
         dataset,
-        batch_size=batch_size,
-        sampler=InOrder(steps * batch_size, batch_size, module),
+        module=module,
+        accumulate=config.accumulate,
+        batch_size=batch_size // (ranks.world() * config.accumulate),
+        sampler=InOrder(steps, batch_size, module),
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
         worker_init_fn=leave_stopping_to_us,
@@ -246,26 +405,42 @@ def train(
         warnings.simplefilter("ignore")  # advice on workers and loggers that the recipe already decides
         trainer = pl.Trainer(
             accelerator=config.accelerator,
-            devices=1,
-            precision=config.precision,  # type: ignore[arg-type]  # one of PRECISIONS
+            **_processes(),
+            precision=config.precision,  # type: ignore[arg-type]  # one of CHOICES
             max_steps=steps,
             max_epochs=-1,
+            accumulate_grad_batches=config.accumulate,
             gradient_clip_val=clip,
             logger=TensorBoardLogger(tensorboard, name=name, version=""),
-            callbacks=[progress],
+            callbacks=callbacks,
             enable_progress_bar=False,
             enable_checkpointing=False,
             enable_model_summary=False,
         )
         checkpoint = folder / CHECKPOINT
-        resume = checkpoint if checkpoint.is_file() else None
-        if resume is None:  # the curves of an earlier run would mix with the new ones
+        resume = checkpoint if ranks.on_first(checkpoint.is_file) else None
+        if resume is None and ranks.is_first():  # the curves of an earlier run would mix with the new ones
             shutil.rmtree(tensorboard / name, ignore_errors=True)
         try:
             trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
         except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt
             raise KeyboardInterrupt from error
+    if config.averaging:
+        averaging.replace_weights(module)
     return progress.curve
+
+
+def _processes() -> dict[str, Any]:
+    """Lightning's Trainer's settings for the processes that there are."""
+    if ranks.world() == 1:
+        return {"devices": 1}
+    return {
+        "devices": ranks.local_world(),
+        "num_nodes": ranks.world() // ranks.local_world(),
+        "strategy": DDPStrategy(gradient_as_bucket_view=True),
+        "plugins": [TorchElasticEnvironment()],  # the processes are there: it reads torchrun's variables
+        "use_distributed_sampler": False,  # InOrder is one
+    }
 
 
 def discard_checkpoint(folder: Path) -> None:

@@ -15,16 +15,17 @@ import torch
 
 from delvm import fit, llama
 from delvm.images.listing import Entries
+from tests.processes import launched
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 
 
-def command(*arguments):
+def command(*arguments, program=("-m", "delvm.fit")):
     """A process of its own, as a shell starts it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", "delvm.fit", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -355,3 +356,38 @@ def test_stopped_outside_of_training(finished, tmp_path):
     assert process.returncode == 130
     assert error.rstrip("\n").split("\n")[-1] == "stopped; the same command goes on from here"
     assert (run_dir / "student" / "model.safetensors").is_file()
+
+
+# --- several processes ---
+
+
+def test_of_several_processes_one_says_what_is_wrong(micro, pairs, capfd):
+    (pairs / "images" / "5.jpg").write_bytes(b"no picture")
+    arguments = [str(micro), f"run_dir={micro.parent / 'run'}"]
+    # an unknown key, which all notice, and a picture, which the first alone reads
+    for overrides in (["studnet.steps=3"], []):
+        assert launched(lambda given=overrides: fit.main([*arguments, *given])) == [2, 1]
+        lines = [line for line in capfd.readouterr().err.split("\n") if line.startswith("error: ")]
+        assert len(lines) == 1
+    assert lines[0].startswith(f"error: {pairs}/images/5.jpg: unreadable picture")
+    assert not (micro.parent / "run").exists()
+
+
+def test_a_dry_run_of_several_processes(micro, capfd):
+    assert launched(lambda: fit.main([str(micro), f"run_dir={micro.parent / 'run'}", "--dry-run"])) == [0, 0]
+    assert capfd.readouterr().out.count("export: to do") == 1
+
+
+def test_torchrun_stops_and_goes_on(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished / "run", run_dir)
+    recipe, short = finished / "micro.yaml", ["student.steps=60", "scratch=null"]
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "delvm.fit"
+    process = command(recipe, f"run_dir={run_dir}", *short, program=launcher)
+    _, error = stop_when(process, run_dir / ".student.partial" / "last.ckpt", signal.SIGTERM)
+    lines = [line for line in error.split("\n") if "the same command goes on from here" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("student: stopped at step ")
+    assert fit.main([str(recipe), f"run_dir={run_dir}", *short]) == 0
+    curve = json.loads((run_dir / "student" / "curve.json").read_text())
+    assert [point["step"] for point in curve] == list(range(2, 61, 2))

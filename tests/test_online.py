@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from delvm import fit, llama
+from delvm.distill.module import Distill, DistillConfig
+from delvm.distill.teacher import Live
 from delvm.images.scenes import Scenes
 from delvm.images.sources import Views
 from delvm.images.tasks import TaskConfig
@@ -14,6 +16,7 @@ from delvm.tokens.online import Encode, OnlineSentences
 from delvm.tokens.rows import IGNORED, TrainingSentences
 from delvm.tokens.sentences import SentencesConfig, find_forms
 from delvm.tokens.store import open_store
+from delvm.training import TrainerConfig, train
 
 TASKS = {
     "pose": TaskConfig(scene="pose", samples=4, validation_samples=2, policy="pose"),
@@ -36,11 +39,13 @@ def parts(tokenizer, tmp_path_factory):
     data = {task: {"train": c.samples, "validation": 2, "pictures": 2} for task, c in TASKS.items()}
     write_store(folder, tokenizer, TASKS, data, views, seed=0)
 
-    def make(**settings):
+    def make(details=False, **settings):
         config = SentencesConfig(**settings)
         forms = find_forms(config, dict.fromkeys(TASKS, (1, 2)), 4)
         plans = {task: TaskPlan(c.samples, 1, 12, 0.5, 0.5, 3) for task, c in TASKS.items()}
-        rows = TrainingSentences(open_store(folder), plans, forms, config, num_rows=60, seed=5)
+        rows = TrainingSentences(
+            open_store(folder), plans, forms, config, num_rows=60, seed=5, details=details
+        )
         return rows, views["train"]
 
     return make
@@ -100,6 +105,42 @@ def test_batches_are_rows_with_their_labels(parts, tokenizer, specials):
 def test_cut_rows_are_refused(parts):
     with pytest.raises(ValueError, match=r"^balance.online: a row must be a whole sentence"):
         OnlineSentences(*parts(length=10))
+
+
+def _train(folder, parts, tokenizer, **settings):
+    """The curve of a student that learns the annotations of views of its own from a teacher."""
+    rows, views = parts(details=True)
+    config = DistillConfig(size="micro", steps=3, kd_on="annotations")
+    teacher, model = (llama.build("micro", 18, 18, seed=seed) for seed in (1, 0))
+    module = Distill(model, Live(teacher), config, tasks=list(TASKS), num_codes=16)
+    told = []
+
+    def prepare(batch):
+        found = Encode(rows, tokenizer)(batch)
+        told.append((found["num_targets"].item(), found["num_kd_targets"].item(), module.count(found)))
+        return found
+
+    module.prepare = prepare
+    curve = train(
+        module, OnlineSentences(rows, views), name="student", steps=3, batch_size=4, clip=1.0,
+        config=TrainerConfig(accelerator="cpu", log_every=1, **settings), folder=folder,
+        tensorboard=folder / "tensorboard",
+    )  # fmt: skip
+    return curve, told
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_micro_batches_know_the_targets_of_the_step(parts, tokenizer, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    whole, told = _train(tmp_path / "one", parts, tokenizer)
+    # 4 rows of 18 tokens, of which the first is no target; two annotations of 4 tokens in each
+    assert told == [(4 * 17, 4 * 8, {"num_targets": 4 * 17, "num_kd_targets": 4 * 8})] * 3
+    halves, told = _train(tmp_path / "two", parts, tokenizer, accumulate=2)
+    assert told == [(4 * 17, 4 * 8, {"num_targets": 2 * 17, "num_kd_targets": 2 * 8})] * 6
+    for one, two in zip(whole, halves, strict=True):
+        assert one["kd"] > 0
+        assert two == {key: pytest.approx(value, rel=1e-4) for key, value in one.items()}
 
 
 @pytest.mark.usefixtures("one_thread")

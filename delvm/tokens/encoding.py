@@ -74,7 +74,7 @@ def write_store(
             layouts[task, split] = Layout.plan(folder / f"{task}.{split}", shape, dtype)
     todo = {place: layout.missing(rank, world) for place, layout in layouts.items()}
     total = sum(len(layouts[p].samples(n)) * layouts[p].shape[1] for p, found in todo.items() for n in found)
-    with tqdm(total=total, desc="tokens", unit="view") as bar:
+    with tqdm(total=total, desc="tokens", unit="view", disable=rank > 0) as bar:
         for (task, split), numbers in todo.items():
             if not numbers:
                 continue

@@ -6,6 +6,7 @@ pass of the tokenizer in each step, and reading and augmenting all along: for an
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -18,8 +19,8 @@ from delvm.tokens.rows import TrainingSentences
 class OnlineSentences(Dataset):
     """The rows of `TrainingSentences` as pictures, each sample in a view that no other row shows.
 
-    Items: `pictures` (images, size, size, 3) uint8 in the sentence's order, `task`, its index. Item i
-    depends on the seeds and i alone.
+    Items: `pictures` (images, size, size, 3) uint8 in the sentence's order, `task`, its index, and the row
+    with 0 for every code. Item i depends on the seeds and i alone.
 
     Raises:
         ValueError: rows that are not whole sentences.
@@ -38,7 +39,9 @@ class OnlineSentences(Dataset):
         # view 0 is the sample itself
         seen = {sample: self.views[task].view(sample, 1 + index) for sample in set(picks[:, 0].tolist())}
         pictures = torch.stack([seen[sample][picture] for sample, _, picture in picks.tolist()])
-        return {"pictures": pictures, "task": task}
+        codes = np.zeros((1, len(picks) * self.rows.tokens_per_image), np.int64)
+        row = {key: part[0] for key, part in self.rows.batch(codes, np.array([task])).items()}
+        return {"pictures": pictures, "task": task, **row}
 
 
 class Encode:
@@ -48,8 +51,9 @@ class Encode:
         self.rows, self.tokenizer = rows, tokenizer
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`pictures` (rows, images, size, size, 3) uint8 and `task` (rows,) -> `tokens`, perhaps `labels`."""
+        """`pictures` (rows, images, size, size, 3) uint8 and `task` (rows,) -> the rows, codes and all."""
         pictures = batch["pictures"]
         codes = encode_pictures(self.tokenizer.to(pictures.device), pictures).flatten(1)
         rows = self.rows.batch(codes.cpu().numpy(), batch["task"].cpu().numpy())
-        return {key: part.to(pictures.device) for key, part in rows.items()}
+        others = {key: part for key, part in batch.items() if key not in ("pictures", "task")}
+        return others | {key: part.to(pictures.device) for key, part in rows.items()}
