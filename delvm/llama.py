@@ -1,6 +1,7 @@
 """A size's name -> transformers' LlamaForCausalLM: build, count, save, load."""
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,18 +131,61 @@ def build(
     the global random state is left alone; without it they follow the global state.
     Raises ValueError for an unknown size or an id outside the vocabulary.
     """
-    config = configuration(size, vocab_size, max_positions, bos=bos, eos=eos)
+    return initialise(configuration(size, vocab_size, max_positions, bos=bos, eos=eos), seed=seed)
+
+
+def initialise(config: LlamaConfig, *, seed: int | None = None, scheme: str = "default") -> LlamaForCausalLM:
+    """`build` for a configuration, its weights drawn by a scheme of SCHEMES.
+
+    Raises ValueError for an unknown one.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme: {scheme!r} is unknown; choices: {', '.join(SCHEMES)}")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        return LlamaForCausalLM(config).train()
+        model = LlamaForCausalLM(config)
+        SCHEMES[scheme](model)
+    return model.train()
+
+
+def keep(model: LlamaForCausalLM) -> None:
+    """Leave the weights as transformers has drawn them: normal, 0.02; norms 1, biases 0."""
+
+
+def draw_as_delvm(model: LlamaForCausalLM) -> None:
+    """Draw the matrices anew as DeLVM does (Guo et al., ICML 2024), normal with mean 0, in place.
+
+    Standard deviation, of layer l = 0, 1, ...: queries, keys, values and the MLP's gate 0.006; its way up and
+    attention's output projection 0.006 / sqrt(2 (l + 1)); its way down 0.0015; the head 0.0052.
+    The embedding keeps 0.02: there it is frozen codebook vectors behind a learned projection, for which this
+    model has no counterpart. A head that is tied to it keeps it too.
+    """
+    for number, layer in enumerate(model.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj):
+            torch.nn.init.normal_(linear.weight, std=0.006)
+        for linear in (attention.o_proj, mlp.up_proj):
+            torch.nn.init.normal_(linear.weight, std=0.006 / math.sqrt(2 * (number + 1)))
+        torch.nn.init.normal_(mlp.down_proj.weight, std=0.0015)
+    if not model.config.tie_word_embeddings:
+        torch.nn.init.normal_(model.lm_head.weight, std=0.0052)
+
+
+SCHEMES: dict[str, Callable[[LlamaForCausalLM], None]] = {"default": keep, "delvm": draw_as_delvm}
+"""How weights are drawn, by name."""
 
 
 def num_parameters(size: str, vocab_size: int | None = None) -> int:
     """Parameters of `size`, tied ones once, counted on the meta device: no memory, no random numbers."""
     entry = find_size(size)
+    return count_parameters(configuration(size, vocab_size or entry.vocab_size, entry.positions))
+
+
+def count_parameters(config: LlamaConfig) -> int:
+    """Parameters of a model of that configuration, as `num_parameters`."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(configuration(size, vocab_size or entry.vocab_size, entry.positions))
+        model = LlamaForCausalLM(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -153,6 +197,23 @@ def save(model: LlamaForCausalLM, folder: str | Path) -> None:
         raise OSError(f"{folder}: the model could not be written: {_one_line(error)}") from error
 
 
+def load_config(folder: str | Path) -> LlamaConfig:
+    """The configuration of a transformers folder of a Llama. Raises UserError as `load`; reads no weights."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected a transformers folder with a Llama")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no config.json; expected a transformers folder with a Llama")
+    try:
+        found = LlamaConfig.get_config_dict(folder, local_files_only=True)[0]
+        kind, config = found.get("model_type"), LlamaConfig.from_dict(found)
+    except _UNREADABLE as error:
+        raise UserError(f"{folder}/config.json: cannot be read: {_one_line(error)}") from error
+    if kind != "llama":
+        raise UserError(f"{folder}: holds a model of type {kind!r}; expected 'llama'")
+    return config
+
+
 def load(folder: str | Path) -> LlamaForCausalLM:
     """A transformers folder of a Llama -> the model on the CPU, in evaluation mode, in its saved precision.
 
@@ -161,16 +222,7 @@ def load(folder: str | Path) -> LlamaForCausalLM:
     that are damaged, missing or of another shape.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a transformers folder with a Llama")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: has no config.json; expected a transformers folder with a Llama")
-    try:
-        kind = LlamaConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.json: cannot be read: {_one_line(error)}") from error
-    if kind != "llama":
-        raise UserError(f"{folder}: holds a model of type {kind!r}; expected 'llama'")
+    load_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: has no model.safetensors (other weight formats are not read)")
     model, report = _quietly(lambda: _read(folder))

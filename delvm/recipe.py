@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from delvm.distill.cache import CacheConfig
 from delvm.distill.module import DistillConfig
+from delvm.distill.teacher import serves
 from delvm.errors import UserError
 from delvm.evaluate.prompting import PromptingConfig
 from delvm.images.tasks import TOKEN_SOURCES, DataConfig, TaskConfig
@@ -23,9 +25,14 @@ from delvm.training import TrainerConfig
 
 SECTIONS: dict[str, type] = {
     "data": DataConfig, "balance": BalanceConfig, "tokenizer": TokenizerConfig, "sentences": SentencesConfig,
-    "teacher": PretrainConfig, "scratch": OptimizerConfig, "student": DistillConfig,
+    "teacher": PretrainConfig, "scratch": OptimizerConfig, "cache": CacheConfig, "student": DistillConfig,
     "prompting": PromptingConfig, "trainer": TrainerConfig,
 }  # fmt: skip
+BY_TASK = (
+    "balance.shares", "sentences.kinds", "sentences.shots",
+    "student.task_ce_weights", "student.task_kd_weights", "student.task_temperatures",
+)  # fmt: skip
+"""Settings that name tasks."""
 MAX_SEED = 2**32 - 2  # the student takes the next one, Lightning none from 2**32
 
 
@@ -47,6 +54,8 @@ class Recipe:
     """Learns from labels alone."""
     scratch: OptimizerConfig | None = None
     """The control: the student's size, steps, batches and seed, no teacher, on a schedule of its own."""
+    cache: CacheConfig | None = None
+    """What the teacher says of the student's sentences, written once; else the teacher runs in every step."""
     student: DistillConfig | None = None
     """Learns from labels and teacher."""
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
@@ -58,13 +67,9 @@ class Recipe:
         for task in self.tasks:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", task):
                 raise ValueError(f"tasks.{task}: a task's name may hold letters, digits, '_' and '-'")
-        named = {
-            "balance.shares": list(self.balance.shares),
-            "sentences.kinds": list(self.sentences.kinds),
-            "sentences.shots": list(self.sentences.shots),
-        }
-        for key, tasks in named.items():
-            for task in tasks:
+        for key in BY_TASK:
+            section, name = key.split(".")
+            for task in getattr(getattr(self, section), name, ()):
                 if task not in self.tasks:
                     raise ValueError(f"{key}.{task}: no such task; tasks: {', '.join(self.tasks)}")
         if self.seed < 0:
@@ -75,6 +80,22 @@ class Recipe:
             raise ValueError("student: needs a teacher section")
         if self.scratch and not self.student:
             raise ValueError("scratch: needs a student section, whose size, steps and batches it takes")
+        if self.cache and not self.student:
+            raise ValueError("cache: needs a student section, whose sentences it is written for")
+        if self.cache and self.student:
+            try:
+                serves(self.cache.kind, self.student.divergence)
+            except UserError as error:
+                raise ValueError(f"student.{error}") from error
+            if self.student.on_policy.share:
+                raise ValueError("student.on_policy: the student's own pictures need a teacher, no cache")
+            if set(self.student.task_temperatures.values()) - {self.student.temperature}:
+                raise ValueError("student.task_temperatures: a cache is written at student.temperature alone")
+        if self.cache and self.balance.online:
+            raise ValueError("cache: balance.online draws other sentences each time; choose one of them")
+        for role in ("student", "scratch"):
+            if getattr(getattr(self, role), "folder", ""):
+                raise ValueError(f"{role}.folder: only the teacher's can be given")
         for task, config in self.tasks.items():
             if config.source in TOKEN_SOURCES and not self.tokenizer.folder:
                 raise ValueError(
@@ -90,6 +111,8 @@ class Recipe:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides; mappings merge, everything else replaces.
+
+    `tasks.NAME=null` leaves a task out, with what the recipe says of it elsewhere.
 
     Raises:
         UserError: one line with the file, the key, the value and what would be right.
@@ -109,6 +132,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         flags = OmegaConf.from_dotlist(list(overrides))
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"overrides: {_one_line(error)}") from error
+    given, flags = _leave_out(given, flags)
     config = OmegaConf.structured(Recipe)
     for place, layer in ((str(path), given), ("override", flags)):
         config = _merge(config, layer, place)
@@ -119,8 +143,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = build(config, str(path))
     recipe.name = recipe.name or path.stem
     recipe.run_dir = str(Path(recipe.run_dir or f"runs/{recipe.name}").expanduser())
-    if recipe.tokenizer.folder:
-        recipe.tokenizer.folder = str(Path(recipe.tokenizer.folder).expanduser())
+    for section in (recipe.tokenizer, recipe.teacher):
+        if section and section.folder:
+            section.folder = str(Path(section.folder).expanduser())
     return recipe
 
 
@@ -183,10 +208,38 @@ def _section(config: DictConfig, key: str, name: str, place: str) -> Any:
         raise UserError(f"{place}: {name}.{error}") from error
 
 
+def _leave_out(given: DictConfig, flags: DictConfig) -> tuple[DictConfig, DictConfig]:
+    """File and overrides without the tasks that are null, the file also without its other words on these."""
+    layers: list[Any] = [OmegaConf.to_container(layer) for layer in (given, flags)]
+    listed, asked = (_mapping(layer, "tasks") for layer in layers)
+    for task in asked:
+        if asked[task] is None and task not in listed:
+            choices = ", ".join(map(str, listed)) or "none"
+            raise UserError(f"override: tasks.{task}: no such task to leave out; tasks: {choices}")
+    for task, settings in {**listed, **asked}.items():
+        if settings is None:
+            for key in ("tasks", *BY_TASK):
+                _mapping(layers[0], key).pop(task, None)
+            asked.pop(task, None)
+        elif listed.get(task, settings) is None:  # null in the file, an override gives it settings again
+            del listed[task]
+    return OmegaConf.create(layers[0]), OmegaConf.create(layers[1])
+
+
+def _mapping(layer: Any, key: str) -> dict:
+    """What a dotted key holds, an empty mapping where it holds none."""
+    for name in key.split("."):
+        layer = layer.get(name) if isinstance(layer, dict) else None
+    return layer if isinstance(layer, dict) else {}
+
+
 def _merge(config: DictConfig, layer: DictConfig, place: str) -> DictConfig:
     plain: Any = OmegaConf.to_container(layer)
     _need_mappings(plain, {*SECTIONS, "tasks"}, "", place)
     _need_mappings(plain.get("tasks"), None, "tasks.", place)
+    for section, kind in SECTIONS.items():
+        nested = {entry.name for entry in fields(kind) if is_dataclass(entry.default_factory)}
+        _need_mappings(plain.get(section), nested, f"{section}.", place)
     try:
         return OmegaConf.merge(config, layer)
     except ConfigKeyError as error:
@@ -218,7 +271,14 @@ def known_keys(config: DictConfig, layer: DictConfig) -> Iterator[str]:
     for section, kind in whole.items():
         yield section
         if kind is not None:
-            yield from (f"{section}.{entry.name}" for entry in fields(kind))
+            yield from _keys(section, kind)
+
+
+def _keys(section: str, kind: Any) -> Iterator[str]:
+    for entry in fields(kind):
+        yield f"{section}.{entry.name}"
+        if is_dataclass(entry.default_factory):
+            yield from _keys(f"{section}.{entry.name}", entry.default_factory)
 
 
 def _missing(layer: Any, key: str = "") -> Iterator[str]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from delvm import llama
+from delvm import llama, memory, ranks
 from delvm import recipe as recipes
 from delvm.chain import Run
 from delvm.console import console, show_scores, table
@@ -29,13 +29,19 @@ def dry_run(run: Run) -> None:
         )
         console.print(f"{task}: {counts}; {form.kind}: {form.images} pictures, {form.length} tokens")
     run.show_plan()
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for role in run.models:
-        config = run.model_config(role)
+        config = run.training_config(role)
+        parameters = llama.count_parameters(run.model_config(role))
+        if role == "teacher" and run.given_teacher:
+            rows.append((role, "given", parameters, "", "", ""))
+            continue
         per_step = config.batch_size * run.plan.length
-        parameters = llama.num_parameters(config.size, run.vocabulary)
         rows.append((role, config.size, parameters, config.steps, per_step, per_step * config.steps))
     table("models", ["model", "size", "parameters", "steps", "tokens a step", "tokens"], rows)
+    show_memory(run)
+    if run.given_teacher:
+        console.print(f"teacher: {run.training_config('teacher').folder}", soft_wrap=True)
     tokenizer = run.recipe.tokenizer
     if run.given_tokenizer is None:
         parameters = num_parameters(tokenizer, run.recipe.data.image_size)
@@ -50,6 +56,40 @@ def dry_run(run: Run) -> None:
         keys[stage.name] = stage_key(stage, keys)
         done = record(run.dir / stage.name).get("key") == keys[stage.name]
         console.print(f"{stage.name}: {'done, would be reused' if done else 'to do'}")
+
+
+def show_memory(run: Run) -> None:
+    """Print what the training of each model takes of a GPU, shared by the processes that are here now."""
+    trainer, student = run.recipe.trainer, run.recipe.student
+    rows = []
+    for role in run.models:
+        if role == "teacher" and run.given_teacher:
+            continue
+        share = run.training_config(role).batch_size // (ranks.world() * trainer.accumulate)
+        shape = {"rows": share, "length": run.plan.length}
+        needs = {role: memory.training(run.model_config(role), trainer, **shape)}
+        if role == "student" and student:
+            mixed = "bf16" if trainer.precision == "bf16-mixed" else "32"
+            precision = mixed if student.teacher_precision == "auto" else student.teacher_precision
+            teacher = memory.live_teacher(run.model_config("teacher"), precision, **shape)
+            needs = {"student, live teacher": needs[role] + teacher, "student, cached teacher": needs[role]}
+        rows += [
+            (
+                name,
+                f"{share} row{'s' * (share > 1)}",
+                *map(_size, (need.weights, need.activations, need.total)),
+            )
+            for name, need in needs.items()
+        ]
+    if rows:
+        processes = f"{ranks.world()} process{'es' * (ranks.world() > 1)}"
+        title = f"memory a GPU (estimates; {processes}, accumulate {trainer.accumulate})"
+        table(title, ["model", "micro-batch", "weights", "activations", "total"], rows)
+
+
+def _size(number: int) -> str:
+    """Bytes, as they are read."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
 def conclude(run: Run) -> None:
@@ -75,10 +115,13 @@ def report(run: Run, result: dict) -> Report:
     curves = {}
     facts = [("seed", str(run.recipe.seed)), ("image size", f"{run.recipe.data.image_size} px")]
     for role in run.models:
+        config = run.training_config(role)
+        parameters = llama.count_parameters(run.model_config(role))
+        if role == "teacher" and run.given_teacher:
+            facts.append((role, f"{config.folder}: {parameters / 1e6:.2f}M parameters"))
+            continue
         points = json.loads((run.dir / role / "curve.json").read_text())
         curves[role] = [(point["step"], point["ce"]) for point in points]
-        config = run.model_config(role)
-        parameters = llama.num_parameters(config.size, run.vocabulary)
         facts.append((role, f"{config.size}: {parameters / 1e6:.2f}M parameters, {config.steps} steps"))
     pictures = load_pictures(run.dir / "evaluate" / "pictures")
     drawn = run.recipe.prompting

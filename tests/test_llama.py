@@ -134,6 +134,47 @@ def test_without_a_seed_the_global_state_decides():
     assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
 
 
+def test_delvms_scheme_has_its_standard_deviations(monkeypatch):
+    monkeypatch.setitem(llama.SIZES, "untied", llama.Size(128, 384, 3, 4, attention_bias=True))
+    config = llama.configuration("untied", 300, 16)
+    default, drawn = (llama.initialise(config, seed=7, scheme=scheme) for scheme in ("default", "delvm"))
+    expected = {"lm_head.weight": 0.0052, "model.embed_tokens.weight": 0.02}
+    for layer, rising in enumerate((0.0042426, 0.003, 0.0024495)):  # 0.006 / sqrt(2), sqrt(4), sqrt(6)
+        block = f"model.layers.{layer}"
+        for name, std in {
+            "self_attn.q_proj": 0.006,
+            "self_attn.k_proj": 0.006,
+            "self_attn.v_proj": 0.006,
+            "self_attn.o_proj": rising,
+            "mlp.gate_proj": 0.006,
+            "mlp.up_proj": rising,
+            "mlp.down_proj": 0.0015,
+        }.items():
+            expected[f"{block}.{name}.weight"] = std
+    weights = dict(drawn.named_parameters())
+    for name, std in expected.items():
+        # of 16 thousand numbers or more: four standard errors are 2.3%
+        assert weights[name].std().item() == pytest.approx(std, rel=0.023), name
+        assert abs(weights[name].mean().item()) < 4 * std / weights[name].numel() ** 0.5, name
+    for name, weight in default.named_parameters():  # embedding, norms and biases are as ever
+        assert torch.equal(weight, weights[name]) == (name not in expected or "embed" in name), name
+    again = llama.initialise(config, seed=7, scheme="delvm")
+    assert torch.equal(again.lm_head.weight, drawn.lm_head.weight)
+    assert drawn.training
+
+
+def test_delvms_scheme_leaves_a_tied_head_with_the_embedding(micro):
+    drawn = llama.initialise(micro.config, seed=0, scheme="delvm")
+    assert drawn.lm_head.weight is drawn.model.embed_tokens.weight
+    assert torch.equal(drawn.lm_head.weight, micro.lm_head.weight)
+    assert drawn.model.layers[1].mlp.down_proj.weight.std().item() == pytest.approx(0.0015, rel=0.06)
+
+
+def test_an_unknown_scheme_is_refused_with_the_choices(micro):
+    with pytest.raises(ValueError, match="scheme: 'xavier' is unknown; choices: default, delvm"):
+        llama.initialise(micro.config, scheme="xavier")
+
+
 @given(st.integers(0, 2**31), st.sampled_from(["micro"]))
 def test_any_seed_builds_finite_weights(seed, size):
     model = llama.build(size, 10, 8, seed=seed)
@@ -196,7 +237,7 @@ def _pickle(folder):
             lambda f: _edit(f, vocab_size=300),
             r"1 tensors of another shape \(first: model.embed_tokens.weight\)",
         ),
-        (lambda f: _edit(f, hidden_size="wide"), "the model cannot be read"),
+        (lambda f: _edit(f, hidden_size="wide"), "config.json: cannot be read"),
     ],
 )
 def test_damaged_folder_is_one_line(micro, tmp_path, damage, message):

@@ -36,6 +36,33 @@ def test_a_dry_run_says_what_would_be_reused(finished, capsys):
         assert f"{name}: to do" in said
 
 
+def test_a_dry_run_says_where_the_teacher_comes_from(finished, capsys):
+    folder = finished / "run" / "teacher"
+    overrides = [f"run_dir={finished / 'run'}", f"teacher.folder={folder}", "cache={kind: sampled}"]
+    assert fit.run(finished / "micro.yaml", overrides, dry_run=True) == 0
+    said = capsys.readouterr().out
+    parameters = llama.count_parameters(llama.load_config(folder))
+    assert re.search(rf"│ teacher +│ given +│ +{parameters:,} │ +│ +│ +│", said)
+    assert f"\nteacher: {folder}\n" in said
+    stages = ["teacher", "scratch", "cache", "student"]
+    lines = [line.partition(": ") for line in said.splitlines()]
+    said_of = {name: what for name, _, what in lines if what in ("to do", "done, would be reused")}
+    assert [name for name in said_of if name in stages] == stages  # in the order of the data flow
+    assert [said_of[name] for name in stages] == ["to do", "done, would be reused", "to do", "to do"]
+
+
+def test_the_page_of_a_given_teacher_has_no_curve_of_it(finished):
+    run_dir = finished / "run"
+    overrides = [f"run_dir={run_dir}", f"teacher.folder={run_dir / 'teacher'}"]
+    work = chain.Run(recipe.load(finished / "micro.yaml", overrides))
+    work.open_data(json.loads((run_dir / "data" / "manifest.json").read_text()), run_dir / "data")
+    found = summary.report(work, json.loads((run_dir / "metrics.json").read_text()))
+    assert list(found.curves) == ["scratch", "student"]
+    parameters = llama.count_parameters(llama.load_config(run_dir / "teacher")) / 1e6
+    assert ("teacher", f"{run_dir / 'teacher'}: {parameters:.2f}M parameters") in found.facts
+    assert "teacher" in render(found)
+
+
 def test_the_numbers_of_a_run(finished):
     metrics = json.loads((finished / "run" / "metrics.json").read_text())
     assert set(metrics) == {"balance", "data", "tokenizer", "evaluate", "seconds"}
