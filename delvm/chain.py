@@ -5,20 +5,23 @@ import shutil
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from delvm import console, llama
+from delvm import console, llama, ranks
 from delvm import recipe as recipes
+from delvm.distill.cache import Cached, CachedRows, open_cache, weights_hash, write_cache
 from delvm.distill.module import Distill
+from delvm.distill.teacher import Live
 from delvm.errors import UserError
 from delvm.evaluate import likelihood, prompting
 from delvm.export import export
+from delvm.generation import complete
 from delvm.images.sources import SPLITS, Views, fingerprint, index_data, open_sources
 from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
 from delvm.plan import Plan, check_plan, make_plan
@@ -33,7 +36,14 @@ from delvm.tokens.encoding import write_store
 from delvm.tokens.online import Encode, OnlineSentences
 from delvm.tokens.rows import TrainingSentences
 from delvm.tokens.store import TokenStore, open_store
-from delvm.training import Shuffled, discard_checkpoint, train
+from delvm.training import (
+    Shuffled,
+    TrainerConfig,
+    check_batch_size,
+    discard_checkpoint,
+    set_up_model,
+    train,
+)
 
 ROLES = ("teacher", "scratch", "student")
 
@@ -69,9 +79,13 @@ class Run:
             pl.seed_everything(recipe.seed, verbose=False)
             module = tokenizer_training.TokenizerTraining(config, recipe.data.image_size)
             samples = max(1, config.batch_size // max(entry["pictures"] for entry in self.manifest.values()))
+            # its codes are moving averages over whole batches
+            plain = replace(recipe.trainer, accumulate=1, averaging=0.0)
             self.train("tokenizer", module, Shuffled(views, config.steps * samples, recipe.seed),
-                       config.steps, samples, clip=1.0, folder=folder)  # fmt: skip
+                       config.steps, samples, clip=1.0, folder=folder, config=plain)  # fmt: skip
             tokenizer = module.finish()
+        if not ranks.is_first():
+            return {}
         metrics: dict = {}
         if held_out := self.views("validation"):  # else all tasks come as tokens
             pictures: ConcatDataset = ConcatDataset(held_out.values())
@@ -92,36 +106,73 @@ class Run:
         tokenizer = Tokenizer.load(self.dir / "tokenizer").to(recipe.trainer.device())
         views = {split: self.views(split, once=recipe.balance.online) for split in SPLITS}
         write_store(folder, tokenizer, recipe.tasks, self.manifest, views, seed=recipe.seed,
-                    num_workers=recipe.trainer.num_workers)  # fmt: skip
+                    num_workers=recipe.trainer.num_workers,
+                    rank=ranks.rank(), world=ranks.world())  # fmt: skip
         return {}
 
     def teacher(self, folder: Path) -> dict:
         """Visual sentences -> the teacher."""
         config = self.recipe.teacher
         assert config is not None
-        model = self.new_model(config.size, self.recipe.seed)
-        module = Pretrain(model, config, config.steps)
-        return self.train_model("teacher", module, config.steps, config.batch_size, self.recipe.seed, folder)
+        if config.folder:
+            if ranks.is_first():
+                llama.save(llama.load(config.folder), folder)
+            return {}
+        model = self.new_model("teacher", self.recipe.seed)
+        module = Pretrain(model, config, config.steps, self.tasks)
+        rows = self.rows(config.steps * config.batch_size, self.recipe.seed)
+        return self.train_model("teacher", module, rows, config, self.recipe.seed, folder)
+
+    def cache(self, folder: Path) -> dict:
+        """The teacher and the student's sentences -> what the teacher says of them."""
+        recipe, config, student = self.recipe, self.recipe.cache, self.recipe.student
+        assert config is not None
+        assert student is not None
+        write_cache(
+            folder,
+            self.rows(student.steps * student.batch_size, recipe.seed + 1),
+            self.live_teacher(),
+            config,
+            temperature=student.temperature,
+            seed=recipe.seed,
+            batch_size=student.batch_size // (ranks.world() * recipe.trainer.accumulate),
+            device=recipe.trainer.device(),
+            teacher_hash=weights_hash(self.dir / "teacher"),
+            tokenizer_hash=Tokenizer.load(self.dir / "tokenizer").hash,
+            rank=ranks.rank(),
+            world=ranks.world(),
+        )
+        return {}
 
     def scratch(self, folder: Path) -> dict:
         """Visual sentences -> the student's control: same start, sentences and steps, no teacher."""
         config, student = self.recipe.scratch, self.recipe.student
         assert config is not None
         assert student is not None
-        module = Pretrain(self.new_model(student.size, self.recipe.seed + 1), config, student.steps)
-        return self.train_model(
-            "scratch", module, student.steps, student.batch_size, self.recipe.seed + 1, folder
-        )
+        seed = self.recipe.seed + 1
+        module = Pretrain(self.new_model("scratch", seed), config, student.steps, self.tasks)
+        rows = self.rows(student.steps * student.batch_size, seed)
+        return self.train_model("scratch", module, rows, student, seed, folder)
 
     def student(self, folder: Path) -> dict:
         """Visual sentences and the teacher -> the student."""
-        config = self.recipe.student
+        config, seed = self.recipe.student, self.recipe.seed + 1
         assert config is not None
-        model = self.new_model(config.size, self.recipe.seed + 1)
-        module = Distill(model, llama.load(self.dir / "teacher"), config)
-        return self.train_model(
-            "student", module, config.steps, config.batch_size, self.recipe.seed + 1, folder
-        )
+        plain = self.rows(config.steps * config.batch_size, seed)
+        if self.recipe.cache:
+            cache = open_cache(
+                self.dir / "cache",
+                teacher=weights_hash(self.dir / "teacher"),
+                tokenizer=Tokenizer.load(self.dir / "tokenizer").hash,
+                temperature=config.temperature,
+            )
+            signal: Live | Cached = Cached(cache)
+            rows: TrainingSentences | CachedRows = CachedRows(plain, cache)
+        else:
+            signal, rows = self.live_teacher(), plain
+        model = self.new_model("student", seed)
+        module = Distill(model, signal, config, self.tasks, self.num_codes)
+        return self.train_model("student", module, rows, config, seed, folder)
 
     def evaluate(self, folder: Path) -> dict:
         """Models -> their scores on held-out sentences, and the annotations they generate."""
@@ -142,7 +193,7 @@ class Run:
                 for task, rows in pictures.items():
                     end = self.plan.forms[task].length - recipe.sentences.specials - store.tokens_per_image
                     settings = recipe.prompting
-                    codes = prompting.complete(
+                    codes = complete(
                         model, held_out[task][: len(rows), :end], store.tokens_per_image, store.num_codes,
                         temperature=settings.temperature, top_p=settings.top_p, seed=recipe.seed,
                     )  # fmt: skip
@@ -169,6 +220,11 @@ class Run:
     # --- the chain ---
 
     @property
+    def tasks(self) -> list[str]:
+        """The tasks' names, in the order of their indices."""
+        return list(self.recipe.tasks)
+
+    @property
     def models(self) -> list[str]:
         """The models that the recipe trains, the student last."""
         return [role for role in ROLES if getattr(self.recipe, role) is not None]
@@ -182,18 +238,25 @@ class Run:
         given = self.given_tokenizer.hash if self.given_tokenizer else ""
         data = [tasks, recipe.data, recipe.seed, files, given if self.token_tasks else ""]
         machine = [recipe.seed, recipe.trainer.precision]
-        learning = [rows, *machine]
+        learning = [rows, *machine, recipe.trainer.averaging]
         chain = [
             Stage("data", data, [], self.data),
-            Stage("tokenizer", [recipe.tokenizer, given, recipe.balance, *machine], ["data"], self.tokenizer),
-            Stage("tokens", [], ["tokenizer"], self.tokens),
-            Stage("teacher", [recipe.teacher, *learning], ["tokens"], self.teacher),
-            Stage("scratch", [recipe.scratch, *student_frame(recipe), *learning], ["tokens"], self.scratch),
-            Stage("student", [recipe.student, *learning], ["tokens", "teacher"], self.student),
+            Stage("tokenizer", [recipe.tokenizer, given, recipe.balance, *machine], ["data"], self.tokenizer,
+                  together=True),
+            Stage("tokens", [], ["tokenizer"], self.tokens, together=True),
+            Stage("teacher", [recipe.teacher, *given_weights(recipe), *learning], ["tokens"], self.teacher,
+                  together=True),
+            Stage("scratch", [recipe.scratch, *student_frame(recipe), *learning], ["tokens"], self.scratch,
+                  together=True),
+            Stage("cache", [recipe.cache, *cache_frame(recipe), *learning], ["tokens", "teacher"], self.cache,
+                  together=True),
+            Stage("student", [recipe.student, *learning],
+                  ["tokens", "teacher", *(["cache"] if recipe.cache else [])], self.student, together=True),
             Stage("evaluate", [recipe.sentences, recipe.prompting], ["tokens", *self.models], self.evaluate),
             Stage("export", [recipe.name], ["evaluate"], self.export),
-        ]
+        ]  # fmt: skip
         skipped = set(ROLES) - set(self.models) | (set() if self.models else {"evaluate", "export"})
+        skipped |= set() if recipe.cache else {"cache"}
         return [stage for stage in chain if stage.name not in skipped]
 
     def fit(self) -> None:
@@ -204,7 +267,8 @@ class Run:
         """
         data, *others = self.stages()
         new = not self.dir.exists()
-        self.dir.mkdir(parents=True, exist_ok=True)
+        if ranks.is_first():
+            self.dir.mkdir(parents=True, exist_ok=True)
         try:
             self.run(data)
         except UserError:
@@ -212,7 +276,9 @@ class Run:
             raise
         listed = self.dir / "data"
         self.open_data(json.loads((listed / "manifest.json").read_text()), listed)
-        write_atomic(self.dir / "recipe.yaml", recipes.to_yaml(self.recipe))
+        self.check_models()  # which nobody has where the list of data is reused
+        if ranks.is_first():
+            write_atomic(self.dir / "recipe.yaml", recipes.to_yaml(self.recipe))
         self.show_plan()
         for stage in others:
             self.run(stage)
@@ -227,6 +293,7 @@ class Run:
         """List the samples in `folder`, every file read once."""
         recipe = self.recipe
         check_plan(recipe, num_tokens=self.num_tokens, num_codes=self.num_codes)
+        self.check_models()
         found = index_data(self.image_tasks, recipe.data, recipe.seed, folder)
         for task, config in self.token_tasks.items():
             found[task] = lines.index_lines(
@@ -236,14 +303,44 @@ class Run:
         self.open_data(manifest, folder)
         return manifest
 
+    def check_models(self) -> None:
+        """Refuse models that cannot be trained so, before anything runs.
+
+        Raises:
+            UserError: a teacher of another vocabulary; steps that processes and micro-batches cannot share; a
+                cache of more codes or rows than there are.
+        """
+        recipe, cache, student = self.recipe, self.recipe.cache, self.recipe.student
+        for key, model in (("teacher", recipe.teacher), ("student", recipe.student)):
+            if model and not model.folder:
+                check_batch_size(f"{key}.batch_size", model.batch_size, recipe.trainer.accumulate)
+        _ = self.given_teacher
+        if cache and student:
+            if cache.kind == "topk" and cache.codes > self.vocabulary:
+                raise UserError(
+                    f"cache.count: {cache.codes}, codes and special ids here are {self.vocabulary}"
+                )
+            if cache.rows > student.steps * student.batch_size:
+                raise UserError(
+                    f"cache.rows: {cache.rows}, the student sees {student.steps * student.batch_size}"
+                )
+
     def open_data(self, manifest: dict[str, dict], folder: Path) -> None:
         """Take over the list of samples in `folder`, and plan by it.
 
         Raises:
-            UserError: samples that do not fit the sentences, or too few of them.
+            UserError: samples that do not fit the sentences, or too few of them; sentences that are longer
+                than what a given teacher takes.
         """
         self.manifest, self.listed = manifest, folder
         self.plan = make_plan(self.recipe, manifest, num_tokens=self.num_tokens, num_codes=self.num_codes)
+        teacher = self.given_teacher
+        if teacher and teacher.max_position_embeddings < self.positions:
+            raise UserError(
+                f"teacher.folder: '{self.training_config('teacher').folder}' takes"
+                f" {teacher.max_position_embeddings} tokens, rows and sentences here have up to"
+                f" {self.positions}"
+            )
 
     def show_plan(self) -> None:
         """Print what the plan has to say."""
@@ -318,41 +415,89 @@ class Run:
         """Ids of the models: the codes, and BOS and EOS where sentences have them."""
         return max(self.num_codes - 1, *(self.recipe.sentences.ends(self.num_codes) or (0,))) + 1
 
-    def model_config(self, role: str) -> PretrainConfig:
+    @property
+    def positions(self) -> int:
+        """Tokens that the models read at once: a row, or a sentence to be scored."""
+        return max(self.plan.length, *(form.length for form in self.plan.forms.values()))
+
+    def training_config(self, role: str) -> PretrainConfig:
         """The size, steps and batches of a role; the scratch control has the student's."""
         config = self.recipe.teacher if role == "teacher" else self.recipe.student
         assert config is not None
         return config
 
-    def new_model(self, size: str, seed: int) -> Any:
-        """An untrained model over the tokenizer's codes, BOS and EOS."""
-        bos, eos = self.recipe.sentences.ends(self.num_codes) or (None, None)
-        positions = max(self.plan.length, *(form.length for form in self.plan.forms.values()))
-        return llama.build(
-            size, self.vocabulary, positions,
-            bos=bos, eos=eos, seed=seed,
-        )  # fmt: skip
+    def new_model(self, role: str, seed: int) -> LlamaForCausalLM:
+        """An untrained model; the scratch control is the student's."""
+        return llama.initialise(self.model_config(role), seed=seed, scheme=self.training_config(role).init)
 
-    def train_model(
-        self, name: str, module: Pretrain, steps: int, batch_size: int, seed: int, folder: Path
-    ) -> dict:
-        """Train on sentences drawn from `seed`, save as a transformers folder."""
+    def rows(self, num_rows: int, seed: int) -> TrainingSentences:
+        """The rows that a model is trained on, drawn from `seed`."""
         tokenizer = Tokenizer.load(self.dir / "tokenizer")
         store = open_store(self.dir / "tokens", tokenizer=tokenizer.hash)
-        recipe = self.recipe
         plans = {task: self.stored(plan) for task, plan in self.plan.tasks.items()}
-        rows = TrainingSentences(
-            store, plans, self.plan.forms, recipe.sentences, num_rows=steps * batch_size, seed=seed
+        return TrainingSentences(
+            store, plans, self.plan.forms, self.recipe.sentences, num_rows=num_rows, seed=seed, details=True
         )
+
+    def train_model(
+        self,
+        name: str,
+        module: Pretrain,
+        rows: TrainingSentences | CachedRows,
+        config: PretrainConfig,
+        seed: int,
+        folder: Path,
+    ) -> dict:
+        """Train for the steps of `config` and save as a transformers folder."""
+        recipe = self.recipe
         dataset: Dataset = rows
         if recipe.balance.online:
+            assert isinstance(rows, TrainingSentences)
             dataset = OnlineSentences(rows, self.views("train"))
-            module.prepare = Encode(rows, tokenizer)
+            module.prepare = Encode(rows, Tokenizer.load(self.dir / "tokenizer"))
+        set_up_model(module.model, recipe.trainer, self.plan.length)
         pl.seed_everything(seed, verbose=False)
-        self.train(name, module, dataset, steps, batch_size, clip=module.config.clip, folder=folder)
-        llama.save(module.model.cpu(), folder)
-        discard_checkpoint(folder)
+        self.train(
+            name, module, dataset, config.steps, config.batch_size, clip=module.config.clip, folder=folder
+        )
+        if ranks.is_first():
+            llama.save(module.model.cpu(), folder)
+            discard_checkpoint(folder)
         return {}
+
+    def live_teacher(self) -> Live:
+        """The trained teacher, frozen."""
+        student, trainer = self.recipe.student, self.recipe.trainer
+        assert student is not None
+        mixed = "bf16" if trainer.precision == "bf16-mixed" else "32"
+        precision = mixed if student.teacher_precision == "auto" else student.teacher_precision
+        return Live(llama.load(self.dir / "teacher"), precision=precision, compile=trainer.compile)
+
+    @cached_property
+    def given_teacher(self) -> LlamaConfig | None:
+        """The configuration of `teacher.folder`; None where a teacher is trained.
+
+        Raises:
+            UserError: it cannot be read, or is for another vocabulary.
+        """
+        folder = self.recipe.teacher.folder if self.recipe.teacher else ""
+        if not folder:
+            return None
+        config = llama.load_config(folder)
+        if config.vocab_size != self.vocabulary:
+            raise UserError(
+                f"teacher.folder: '{folder}' has {config.vocab_size} ids, codes and special ids here are"
+                f" {self.vocabulary}"
+            )
+        return config
+
+    def model_config(self, role: str) -> LlamaConfig:
+        """The architecture of a role; the scratch control has the student's."""
+        if role == "teacher" and self.given_teacher:
+            return self.given_teacher
+        bos, eos = self.recipe.sentences.ends(self.num_codes) or (None, None)
+        size = self.training_config(role).size
+        return llama.configuration(size, self.vocabulary, self.positions, bos=bos, eos=eos)
 
     def train(
         self,
@@ -364,13 +509,15 @@ class Run:
         *,
         clip: float,
         folder: Path,
+        config: TrainerConfig | None = None,
     ) -> None:
         """Train and keep the curve as `curve.json`."""
         curve = train(
             module, dataset, name=name, steps=steps, batch_size=batch_size, clip=clip,
-            config=self.recipe.trainer, folder=folder, tensorboard=self.dir / "tensorboard",
+            config=config or self.recipe.trainer, folder=folder, tensorboard=self.dir / "tensorboard",
         )  # fmt: skip
-        write_atomic(folder / "curve.json", json.dumps(curve))
+        if ranks.is_first():
+            write_atomic(folder / "curve.json", json.dumps(curve))
 
     def prompt_pictures(
         self, store: TokenStore, tokenizer: Tokenizer
@@ -426,3 +573,18 @@ def student_frame(recipe: Recipe) -> list:
     """What the scratch control takes from the student's section."""
     student = recipe.student
     return [student.size, student.steps, student.batch_size] if student else []
+
+
+def given_weights(recipe: Recipe) -> list[str]:
+    """What tells the weights of `teacher.folder` from others; none where a teacher is trained."""
+    folder = recipe.teacher.folder if recipe.teacher else ""
+    return [weights_hash(Path(folder))] if folder else []
+
+
+def cache_frame(recipe: Recipe) -> list:
+    """What a cache takes from the student's section; a student of another size can have the same."""
+    student = recipe.student
+    if student is None or recipe.cache is None:
+        return []
+    rows = [] if recipe.cache.rows else [student.steps * student.batch_size]
+    return [student.temperature, student.teacher_precision, *rows]

@@ -110,11 +110,15 @@ def _fit(
 
 
 def _check_kinds(recipe: Recipe, forms: Mapping[str, Form], length: int) -> None:
+    drawn = recipe.student is not None and recipe.student.on_policy.share > 0
     for task, form in forms.items():
         source = recipe.tasks[task].source
         if form.kind == "category" and source != "classes":
             raise ValueError(f"sentences.kinds.{task}: 'category' needs source 'classes'")
         if recipe.balance.online and source in TOKEN_SOURCES:
             raise ValueError(f"balance.online: tasks.{task} has no pictures to view anew")
-        if recipe.balance.online and form.length != length:
-            raise ValueError("balance.online: a row must be a whole sentence; leave sentences.length at 0")
+        for key, asked in (("balance.online", recipe.balance.online), ("student.on_policy.share", drawn)):
+            if asked and form.length != length:
+                raise ValueError(f"{key}: a row must be a whole sentence; leave sentences.length at 0")
+        if drawn and form.images == 1 and not form.specials:
+            raise ValueError(f"student.on_policy.share: tasks.{task} has one picture, nothing before it")

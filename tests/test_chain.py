@@ -22,6 +22,7 @@ from delvm.images.sources import held_out
 from delvm.tokenizer import Tokenizer
 from delvm.tokens import formats, sentences
 from delvm.tokens.store import open_store
+from tests.processes import launched
 from tools.check_run import check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,8 +59,9 @@ def again(copy, *overrides, capsys):
     capsys.readouterr()
     assert fit.run(copy[0], [f"run_dir={copy[1]}", *overrides]) == 0
     said = capsys.readouterr().out
-    made = [name for name in STAGES if f"{name}: done in" in said]
-    reused = [name for name in STAGES if f"{name}: unchanged, reused" in said]
+    stages = [*STAGES[:5], "cache", *STAGES[5:]]
+    made = [name for name in stages if f"{name}: done in" in said]
+    reused = [name for name in stages if f"{name}: unchanged, reused" in said]
     assert not set(made) & set(reused)
     return made
 
@@ -483,3 +485,168 @@ def test_what_is_special_is_said_and_not_too_much(micro, pairs, capsys):
     assert "is nearly" in dropped[0]
     assert "tasks.pose: 1 training samples, a sentence shows 2: they repeat" in said
     assert "tasks.grey: sentences of 66 tokens, cut into rows of 40" in said
+
+
+# --- several processes ---
+
+
+def test_two_processes_make_one_run(micro, capfd):
+    run_dir = micro.parent / "run"
+    assert launched(lambda: fit.run(micro, [f"run_dir={run_dir}"])) == [0, 0]
+    said = capfd.readouterr().out
+    for name in STAGES:
+        assert said.count(f"{name}: done in") == 1
+    assert said.count("report: ") == 1
+    assert {path.name for path in run_dir.iterdir()} == {
+        *STAGES, "recipe.yaml", "metrics.json", "report.html", "tensorboard"
+    }  # fmt: skip
+    work = chain.Run(recipe.load(micro, [f"run_dir={run_dir}"]))
+    work.open_data(json.loads((run_dir / "data" / "manifest.json").read_text()), run_dir / "data")
+    tokenizer, store = Tokenizer.load(run_dir / "tokenizer"), open_store(run_dir / "tokens")
+    for task, views in work.views("train").items():
+        picture = views[len(views) - 1].permute(0, 3, 1, 2).float() / 255
+        grid = store.grids["train"][task]
+        last = grid.gather(np.array(grid.shape[0] - 1), np.array(grid.shape[1] - 1))
+        np.testing.assert_array_equal(last, tokenizer.encode(picture).numpy())
+    # one process takes the run over; what it trains anew comes out the same
+    curves = {role: json.loads((run_dir / role / "curve.json").read_text()) for role in chain.ROLES}
+    for role in chain.ROLES:
+        shutil.rmtree(run_dir / role)
+    assert fit.run(micro, [f"run_dir={run_dir}"]) == 0
+    said = capfd.readouterr().out
+    assert [name for name in STAGES if f"{name}: done in" in said] == ["teacher", "scratch", "student"]
+    for role in chain.ROLES:
+        again = json.loads((run_dir / role / "curve.json").read_text())
+        for one, two in zip(again, curves[role], strict=True):
+            assert one == {key: pytest.approx(value, rel=1e-5) for key, value in two.items()}
+
+
+def test_micro_batches_and_averaging_through_the_chain(copy, capsys):
+    before = json.loads((copy[1] / "teacher" / "curve.json").read_text())
+    assert again(copy, "trainer.accumulate=2", capsys=capsys) == []  # the result is the same
+    shutil.rmtree(copy[1] / "teacher")
+    assert again(copy, "trainer.accumulate=2", capsys=capsys) == ["teacher"]
+    after = json.loads((copy[1] / "teacher" / "curve.json").read_text())
+    for one, two in zip(before, after, strict=True):
+        assert two == {key: pytest.approx(value, rel=1e-5) for key, value in one.items()}
+    last = load_file(copy[1] / "teacher" / "model.safetensors")
+    assert again(copy, "trainer.averaging=0.5", capsys=capsys) == STAGES[3:]
+    average = load_file(copy[1] / "teacher" / "model.safetensors")
+    assert average.keys() == last.keys()
+    assert not any(torch.equal(average[name], last[name]) for name in last)
+
+
+def test_the_models_settings_change_no_result(copy, capsys):
+    before = json.loads((copy[1] / "student" / "curve.json").read_text())
+    shutil.rmtree(copy[1] / "student")
+    assert again(copy, "trainer.checkpointing=true", "trainer.attention=eager", capsys=capsys) == ["student"]
+    after = json.loads((copy[1] / "student" / "curve.json").read_text())
+    for one, two in zip(before, after, strict=True):
+        assert two == {key: pytest.approx(value, rel=1e-5) for key, value in one.items()}
+
+
+# --- where the teacher comes from ---
+
+
+def test_students_learn_from_a_cache(copy, capsys):
+    live = json.loads((copy[1] / "student" / "curve.json").read_text())
+    everything = "cache={kind: topk, count: 18}"  # all codes, BOS and EOS
+    assert again(copy, everything, capsys=capsys) == ["cache", "student", "evaluate", "export"]
+    cached = json.loads((copy[1] / "student" / "curve.json").read_text())
+    for one, two in zip(live, cached, strict=True):
+        assert two == {key: pytest.approx(value, rel=2e-3) for key, value in one.items()}
+    manifest = json.loads((copy[1] / "cache" / "manifest.json").read_text())
+    # 6 steps of 4 rows of 66 tokens
+    assert {key: manifest[key] for key in ("kind", "count", "temperature", "rows", "length")} == {
+        "kind": "topk", "count": 18, "temperature": 1.0, "rows": 24, "length": 66,
+    }  # fmt: skip
+    # a student of another size has the same rows
+    student = [everything, "student.size=tiny", "scratch=null"]
+    assert again(copy, *student, capsys=capsys) == ["student", "evaluate", "export"]
+    assert llama.load_config(copy[1] / "student").hidden_size == 128
+    # at another temperature the teacher says something else
+    warmer = [*student, "student.temperature=2"]
+    assert again(copy, *warmer, capsys=capsys) == ["cache", "student", "evaluate", "export"]
+    assert json.loads((copy[1] / "cache" / "manifest.json").read_text())["temperature"] == 2.0
+    # drawn codes, of a few rows that come over and over
+    drawn = [*warmer, "cache={kind: sampled, count: 5, rows: 8}"]
+    assert again(copy, *drawn[1:], capsys=capsys) == ["cache", "student", "evaluate", "export"]
+    assert json.loads((copy[1] / "cache" / "manifest.json").read_text())["rows"] == 8
+    assert all(point["kd"] > 0 for point in json.loads((copy[1] / "student" / "curve.json").read_text()))
+    scores = json.loads((copy[1] / "metrics.json").read_text())["evaluate"]
+    assert list(scores) == ["teacher", "student"]
+
+
+def test_a_teacher_of_another_run(copy, finished, tmp_path, capsys):
+    own, other = tmp_path / "own", tmp_path / "other"
+    llama.save(llama.build("micro", 18, 66, seed=7), own)
+    overrides = [f"teacher.folder={own}", "scratch=null"]
+    learnt = load_file(copy[1] / "student" / "model.safetensors")
+    assert again(copy, *overrides, capsys=capsys) == ["teacher", "student", "evaluate", "export"]
+    found, expected = (load_file(folder / "model.safetensors") for folder in (copy[1] / "teacher", own))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not (copy[1] / "teacher" / "curve.json").exists()
+    taught = load_file(copy[1] / "student" / "model.safetensors")
+    assert not any(torch.equal(taught[name], learnt[name]) for name in learnt)
+    page = (copy[1] / "report.html").read_text()
+    assert str(own) in page
+    # other weights in its place
+    llama.save(llama.build("micro", 18, 66, seed=8), own)
+    assert again(copy, *overrides, capsys=capsys) == ["teacher", "student", "evaluate", "export"]
+    found, expected = (load_file(folder / "model.safetensors") for folder in (copy[1] / "teacher", own))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    # another vocabulary, or too short: nothing is written, neither in a new folder nor in one that is there
+    def snapshot():
+        return {path: path.read_bytes() for path in copy[1].rglob("*") if path.is_file()}
+
+    before = snapshot()
+    for model, message in (
+        (llama.build("micro", 19, 66, seed=7), "has 19 ids, codes and special ids here are 18"),
+        (llama.build("micro", 18, 65, seed=7), "takes 65 tokens, rows and sentences here have up to 66"),
+    ):
+        llama.save(model, other)
+        for run_dir in (copy[1], tmp_path / "new"):
+            assert fit.run(copy[0], [f"run_dir={run_dir}", f"teacher.folder={other}", "scratch=null"]) == 2
+            said = capsys.readouterr().err.splitlines()
+            assert said[-1] == f"error: teacher.folder: '{other}' {message}"
+    assert not (tmp_path / "new").exists()
+    assert snapshot() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cache.kind=topk", "cache.count: 64, codes and special ids here are 18"),
+        ("cache={count: 9, rows: 25}", "cache.rows: 25, the student sees 24"),
+        ("teacher.folder=nowhere", "nowhere: no such folder; expected a transformers folder with a Llama"),
+        (
+            "student.on_policy.share=0.5; sentences.length=50",
+            "student.on_policy.share: a row must be a whole sentence; leave sentences.length at 0",
+        ),
+    ],
+)
+def test_what_a_student_cannot_learn_from_is_told_first(finished, micro, capsys, override, message):
+    for run_dir in (finished / "run", micro.parent / "run"):  # the list of data is reused, or not there yet
+        assert fit.run(finished / "micro.yaml", [f"run_dir={run_dir}", *override.split("; ")]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    assert not (micro.parent / "run").exists()
+
+
+def test_a_student_learns_from_its_own_pictures(copy, capsys):
+    before = json.loads((copy[1] / "student" / "curve.json").read_text())
+    own = ["student.on_policy={share: 0.5, confidence: 0.01}", "scratch=null"]
+    assert again(copy, *own, capsys=capsys) == ["student", "evaluate", "export"]
+    after = json.loads((copy[1] / "student" / "curve.json").read_text())
+    assert all(one["kd"] != two["kd"] for one, two in zip(before, after, strict=True))
+    assert all(0 < point["kd"] < math.inf for point in after)
+
+
+def test_a_step_that_cannot_be_shared_is_told_first(micro, capsys):
+    overrides = [f"run_dir={micro.parent / 'run'}", "trainer.accumulate=3"]
+    assert fit.run(micro, overrides) == 2
+    assert capsys.readouterr().err == (
+        "error: teacher.batch_size: 4 a step must divide by processes * trainer.accumulate = 1 * 3\n"
+    )
+    assert not (micro.parent / "run").exists()

@@ -11,9 +11,10 @@ from delvm.pretrain import (
     OptimizerConfig,
     Pretrain,
     PretrainConfig,
+    Step,
+    forward_flops,
+    hidden_states,
     learning_rate_factor,
-    logits_of,
-    token_cross_entropy,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,6 +23,10 @@ VOCAB, LENGTH = 12, 14
 
 def _tokens(num, seed=0):
     return torch.randint(0, VOCAB, (num, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def _logits(model, rows, positions=None):
+    return model.lm_head(hidden_states(model, rows, positions))
 
 
 def _module(size="micro", **settings):
@@ -33,7 +38,8 @@ def _module(size="micro", **settings):
 
 
 def test_warm_up_peak_and_end():
-    factors = [learning_rate_factor(step, 14, 4 / 14, 0.1) for step in range(14)]
+    config = OptimizerConfig(warmup=4 / 14, final=0.1)
+    factors = [learning_rate_factor(step, 14, config) for step in range(14)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[8] == pytest.approx(0.1 + 0.9 * 0.5)  # half-way down
     assert factors[13] == pytest.approx(0.1)  # the last step has the final rate
@@ -55,7 +61,28 @@ def test_warm_up_peak_and_end():
     ],
 )
 def test_literal_factors(step, steps, warmup, final, expected):
-    assert learning_rate_factor(step, steps, warmup, final) == pytest.approx(expected, abs=1e-12)
+    config = OptimizerConfig(warmup=warmup, final=final)
+    assert learning_rate_factor(step, steps, config) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "decay", "final", "expected"),
+    [
+        (0, 0.4, 0.1, 0.5),  # two steps of warm-up
+        (1, 0.4, 0.1, 1.0),
+        (5, 0.4, 0.1, 1.0),  # the last of the stable ones
+        (6, 0.4, 0.1, 0.1 + 0.9 * (1 - math.sqrt(0.25))),
+        (7, 0.4, 0.1, 0.1 + 0.9 * (1 - math.sqrt(0.5))),
+        (9, 0.4, 0.1, 0.1),
+        (10, 0.4, 0.1, 0.1),  # asked for once more when training ends
+        (8, 0.0, 0.0, 1.0),  # a decay of one step, the last
+        (9, 0.0, 0.0, 0.0),
+        (2, 0.8, 0.0, 1 - math.sqrt(1 / 8)),  # no stable step
+    ],
+)
+def test_warm_up_stable_decay(step, decay, final, expected):
+    config = OptimizerConfig(schedule="wsd", warmup=0.2, decay=decay, final=final)
+    assert learning_rate_factor(step, 10, config) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_optimizer_follows_the_schedule():
@@ -68,7 +95,7 @@ def test_the_optimizer_follows_the_schedule():
         rates.append({group["lr"] for group in optimizer.param_groups})
         optimizer.step()
         schedule.step()
-    expected = [0.02 * learning_rate_factor(step, 6, 0.5, 0.25) for step in range(6)]
+    expected = [0.02 * learning_rate_factor(step, 6, module.config) for step in range(6)]
     assert rates == [{rate} for rate in expected]
     assert expected[2] == 0.02
     assert expected[5] == pytest.approx(0.005)
@@ -122,7 +149,7 @@ def test_the_last_token_is_no_input():
     module, tokens = _module(), _tokens(2)
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % VOCAB
-    one, two = (module.losses(t[:, :-1], tokens[:, 1:])["loss"] for t in (tokens, other))
+    one, two = (module.hidden(Step.of({"tokens": t})) for t in (tokens, other))
     assert torch.equal(one, two)
 
 
@@ -198,9 +225,9 @@ def test_attention_stops_where_positions_start_again(attention):
     other = tokens.clone()
     other[:, : SIZES[0]] = (tokens[:, : SIZES[0]] + 1) % VOCAB
     with torch.no_grad():
-        apart, changed = (logits_of(model, rows, positions) for rows in (tokens, other))
-        through, changed_through = (logits_of(model, rows) for rows in (tokens, other))
-        alone = [logits_of(model, sentence[None]) for sentence in sentences]
+        apart, changed = (_logits(model, rows, positions) for rows in (tokens, other))
+        through, changed_through = (_logits(model, rows) for rows in (tokens, other))
+        alone = [_logits(model, sentence[None]) for sentence in sentences]
     close = CLOSE[attention]
     torch.testing.assert_close(apart, torch.cat(alone, dim=1), rtol=close, atol=close)
     assert torch.equal(apart[:, SIZES[0] :], changed[:, SIZES[0] :])
@@ -217,9 +244,9 @@ def test_rows_of_a_batch_are_packed_each_in_its_own_way():
     )
     model = _sharp("sdpa")
     with torch.no_grad():
-        together = logits_of(model, tokens, positions)
+        together = _logits(model, tokens, positions)
         for index in range(3):
-            alone = logits_of(model, tokens[index, None], positions[index, None])
+            alone = _logits(model, tokens[index, None], positions[index, None])
             torch.testing.assert_close(together[index, None], alone, rtol=1e-9, atol=1e-9)
     assert (together[0] - together[1]).abs().max() > 0.1
 
@@ -228,7 +255,7 @@ def test_both_kinds_of_attention_agree():
     row, _ = _packed()
     with torch.no_grad():
         one, two = (
-            logits_of(_sharp(attention), row["tokens"], row["positions"]) for attention in ("sdpa", "eager")
+            _logits(_sharp(attention), row["tokens"], row["positions"]) for attention in ("sdpa", "eager")
         )
     torch.testing.assert_close(one, two, rtol=CLOSE["eager"], atol=CLOSE["eager"])
 
@@ -262,38 +289,73 @@ def test_the_first_label_of_a_row_is_no_target():
     )
 
 
-def test_token_cross_entropy_leaves_ignored_labels_out():
-    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[0, 1, -100], [-100, 4, 0]])
-    kept = labels != -100
-    assert token_cross_entropy(logits, labels).item() == pytest.approx(
-        cross_entropy(logits[kept], labels[kept]).item(), rel=1e-6
-    )
-
-
-def test_token_cross_entropy_of_ignored_labels_alone_is_0_with_a_graph():
-    logits = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    loss = token_cross_entropy(logits, torch.full((1, 3), -100))
-    loss.backward()
-    assert loss.item() == 0.0
-    assert torch.equal(logits.grad, torch.zeros(1, 3, 5))
-
-
-def test_token_cross_entropy_is_computed_in_float32():
-    logits = torch.randn(4, 50, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
-    labels = torch.zeros(4, 50, dtype=torch.int64)
-    found = token_cross_entropy(logits, labels)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(token_cross_entropy(logits.float(), labels).item(), rel=1e-7)
-
-
 def test_code_0_is_a_target():
-    logits = torch.zeros(1, 2, 5)
-    logits[..., 0] = 3.0
-    labels = torch.zeros(1, 2, dtype=torch.int64)
-    assert token_cross_entropy(logits, labels).item() == pytest.approx(
-        math.log(1 + 4 * math.exp(-3)), rel=1e-5
-    )
+    module, tokens = _module(), _tokens(2)
+    tokens[:, 5] = 0
+    assert module.count({"tokens": tokens}) == {"num_targets": 2 * (LENGTH - 1)}
+    one = module.training_step({"tokens": tokens})["loss"]
+    labels = tokens.masked_fill(tokens == 0, -100)
+    assert one.item() != module.training_step({"tokens": tokens, "labels": labels})["loss"].item()
+
+
+def test_counts_leave_out_first_and_ignored_labels():
+    row, _ = _packed()
+    assert _module().count(row) == {"num_targets": 4 + 0 + 7}
+    labels = row["labels"].clone()
+    labels[0, 0] = 3  # the first of a row is no target
+    assert _module().count({**row, "labels": labels}) == {"num_targets": 11}
+
+
+def test_labels_that_are_all_ignored_give_0_with_a_graph():
+    module, tokens = _module(), _tokens(2)
+    found = module.training_step({"tokens": tokens, "labels": torch.full_like(tokens, -100)})["loss"]
+    found.backward()
+    assert found.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in module.parameters())
+
+
+def test_code_0_weighs_as_any_other_in_the_formula():
+    module, tokens = _module(), torch.zeros(1, LENGTH, dtype=torch.int64)
+    with torch.no_grad():
+        expected = -module.model(tokens[:, :-1]).logits.double().log_softmax(-1)[..., 0].mean()
+    assert module.training_step({"tokens": tokens})["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+# --- what is told of a training
+
+
+def test_diagnose_gives_the_loss_of_each_task():
+    module, tokens = _module(), _tokens(4)
+    assert module.diagnose() == {}
+    module.tasks = ["one", "two", "three"]
+    tasks = torch.tensor([0, 0, 1, 1])[:, None].expand(4, LENGTH).clone()
+    tasks[3, 9:] = 0  # a row may hold several
+    module.training_step({"tokens": tokens, "tasks": tasks})
+    with torch.no_grad():
+        logits = module.model(tokens[:, :-1]).logits
+    losses = cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    found = module.diagnose()
+    assert list(found) == ["loss/one", "loss/two"]
+    for index, key in enumerate(found):
+        assert found[key] == pytest.approx(losses[tasks[:, 1:] == index].mean().item(), rel=1e-5)
+
+
+def test_forward_flops_are_two_a_weight_and_those_of_attention():
+    model = llama.build("micro", 258, 512, seed=0)  # 32 wide, 96 inside, 2 layers
+    weights = 2 * (4 * 32 * 32 + 3 * 32 * 96 + 2 * 32) + 258 * 32
+    attention = 4 * 2 * 32 * 512  # scores and sums over all positions: two multiply-adds each
+    assert forward_flops(model) == 2 * weights + attention
+    assert _module().flops_per_token == 3 * forward_flops(_module().model)
+
+
+def test_clipping_keeps_the_norm_from_before():
+    module = _module()
+    module.training_step({"tokens": _tokens(2)})["loss"].backward()
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in module.parameters()])).item()
+    module.configure_gradient_clipping(None, 0.5 * norm)
+    assert module.gradient_norm.item() == pytest.approx(norm, rel=1e-5)
+    clipped = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in module.parameters()])).item()
+    assert clipped == pytest.approx(0.5 * norm, rel=1e-4)
 
 
 # --- configurations ---
@@ -309,6 +371,12 @@ def test_code_0_is_a_target():
         ({"warmup": -0.1}, "warmup: -0.1 must lie in 0..1"),
         ({"final": 2.0}, "final: 2.0 must lie in 0..1"),
         ({"final": math.nan}, "final: nan must lie in 0..1"),
+        ({"decay": 1.2}, "decay: 1.2 must lie in 0..1"),
+        ({"schedule": "linear"}, "schedule: 'linear' is unknown; choices: cosine, wsd"),
+        (
+            {"schedule": "wsd", "warmup": 0.6, "decay": 0.5},
+            "warmup, decay: 0.6 \\+ 0.5 are more than all steps",
+        ),
         ({"weight_decay": -0.1}, "weight_decay: -0.1 must be at least 0"),
         ({"weight_decay": math.nan}, "weight_decay: nan must be at least 0"),
         ({"beta1": 1.0}, "beta1: 1.0 must lie in 0..1, 1 excluded"),
@@ -326,6 +394,7 @@ def test_impossible_optimizer_values(config, values, message):
     ("values", "message"),
     [
         ({"size": "huge"}, r"^size: 'huge' is unknown; choices: micro, tiny, .*300m"),
+        ({"init": "normal"}, "^init: 'normal' is unknown; choices: default, delvm"),
         ({"steps": 0}, "^steps: 0 must be at least 1"),
         ({"batch_size": 0}, "^batch_size: 0 must be at least 1"),
     ],

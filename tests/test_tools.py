@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from delvm import fit
 from delvm.tokens.balance import STRATEGIES
-from tools import check_store, claims, compare_balance, picture, plan_balance, show_augment
+from tools import check_store, claims, compare_balance, compare_distill, picture, plan_balance, show_augment
 
 TASKS = ["segmentation", "deraining", "pose"]
 
@@ -178,3 +179,36 @@ def test_a_store_is_checked(finished, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.splitlines()[-1].startswith(f"error: {shards[-1]}: damaged, its content is not what was")
+
+
+def test_the_comparison_of_objectives(micro, tmp_path, monkeypatch, capsys):
+    where = f"run_dir={tmp_path / 'run'}"
+    arms = ["--arms", "scratch", "forward_kl", "cached, sampled 12"]
+    assert run_tool(compare_distill, monkeypatch, micro, where, "--seeds", "3", *arms) == 2
+    assert "has no weight and rate for scratch, forward_kl" in capsys.readouterr().err
+    assert run_tool(compare_distill, monkeypatch, micro, where, "--tune", *arms) == 0
+    chosen = json.loads((tmp_path / "run" / "distill-tuned.json").read_text())
+    assert list(chosen) == arms[1:]
+    arm_folder = tmp_path / "run" / "seed100" / "distill" / "arms"
+    for arm, (weight, rate) in chosen.items():
+        # its two neighbours were tried as well, and are worse
+        name = arm.replace(" ", "_").replace(",", "")
+        scores = [
+            sum(json.loads((arm_folder / f"{name}-{weight:g}-{x:g}.json").read_text()).values())
+            for x in (rate, rate / 2, rate * 2)
+        ]
+        assert scores[0] == min(scores)
+    capsys.readouterr()
+    assert run_tool(compare_distill, monkeypatch, micro, where, "--seeds", "3", *arms) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    scores = json.loads((tmp_path / "run" / "distill.json").read_text())["3"]
+    assert set(scores) == {"teacher", *arms[1:]}
+    loss = scores["forward_kl"]["pose"]
+    assert f"{loss:.3f} ({loss:.3f}-{loss:.3f})" in said
+    # a teacher read from memory is the teacher: the same student as a recipe's own run
+    weight, rate = chosen["forward_kl"]
+    own = {"kd_weight": weight, "learning_rate": rate}
+    overrides = [f"student.{key}={value}" for key, value in own.items()]
+    assert fit.run(micro, ["seed=3", f"run_dir={tmp_path / 'own'}", *overrides]) == 0
+    metrics = json.loads((tmp_path / "own" / "metrics.json").read_text())
+    assert metrics["evaluate"]["student"]["pose"]["loss"] == pytest.approx(loss, rel=1e-5)
