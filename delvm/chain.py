@@ -572,7 +572,7 @@ def decoded_pictures(tokenizer: Tokenizer, codes: torch.Tensor) -> list[np.ndarr
 def student_frame(recipe: Recipe) -> list:
     """What the scratch control takes from the student's section."""
     student = recipe.student
-    return [student.size, student.steps, student.batch_size] if student else []
+    return [student.size, student.init, student.steps, student.batch_size] if student else []
 
 
 def given_weights(recipe: Recipe) -> list[str]:

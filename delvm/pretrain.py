@@ -11,6 +11,7 @@ from timm.optim import param_groups_weight_decay
 from torch.optim import Optimizer
 from transformers import LlamaForCausalLM
 
+from delvm import ranks
 from delvm.distill.fused import fused_cross_entropy
 from delvm.llama import SCHEMES, find_size
 
@@ -185,7 +186,7 @@ class Pretrain(pl.LightningModule):
         if key not in step.batch:
             return None
         # of all processes the mean: DistributedDataParallel takes the mean of their gradients
-        return self.trainer.strategy.reduce(step.batch[key].double(), reduce_op="mean")
+        return ranks.mean({key: step.batch[key].double()})[key]
 
     @property
     def micro_batches(self) -> int:

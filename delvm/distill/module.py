@@ -218,7 +218,8 @@ class Distill(Pretrain):
             )
         if drawn is not None:  # its curve is that of true codes, as any other model's
             true = step.labels.masked_fill(drawn, IGNORED)
-            parts["ce"] = fused_cross_entropy(hidden.detach(), head.detach(), true)[1]["ce"]
+            mean = fused_cross_entropy(hidden.detach(), head.detach(), true)[1]["ce"]
+            parts["ce"] = mean / self.micro_batches  # its share of the step's
         return {"loss": loss, **parts}
 
     def by_task(self, step: Step, value: float, values: Mapping[str, float]) -> float | torch.Tensor:
