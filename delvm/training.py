@@ -131,6 +131,10 @@ def checkpoint_activations(model: "PreTrainedModel") -> None:
     model.train()  # transformers checkpoints in training mode alone
 
 
+class NotFinite(UserError):
+    """A loss became infinite or no number."""
+
+
 class Interrupted(Exception):
     """Training was asked to stop and has written its checkpoint."""
 
@@ -305,7 +309,7 @@ class Progress(pl.Callback):
             point = {key: float(value) / num_steps for key, value in ranks.mean(self._sums).items()}
             self._sums = {}
             if not all(map(torch.isfinite, map(torch.tensor, point.values()))):
-                raise UserError(
+                raise NotFinite(
                     f"{self.name}: not a finite loss at step {step}: {point}; lower learning_rate"
                 )
             self.curve.append({"step": step, **point})
@@ -380,7 +384,8 @@ def train(
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint stands in `folder`.
         KeyboardInterrupt: it came twice, or before the first step.
-        UserError: the loss is not finite; processes and micro-batches cannot share `batch_size` evenly.
+        NotFinite: the loss is not finite.
+        UserError: processes and micro-batches cannot share `batch_size` evenly.
     """
     check_batch_size(f"{name}.batch_size", batch_size, config.accumulate)
     progress = Progress(name, steps, config, folder)

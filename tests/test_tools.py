@@ -194,9 +194,11 @@ def test_the_comparison_of_objectives(micro, tmp_path, monkeypatch, capsys):
         # its two neighbours were tried as well, and are worse
         name = arm.replace(" ", "_").replace(",", "")
         scores = [
-            sum(json.loads((arm_folder / f"{name}-{weight:g}-{x:g}.json").read_text()).values())
+            sum(json.loads(file.read_text()).values())
             for x in (rate, rate / 2, rate * 2)
+            for file in arm_folder.glob(f"{name}-{weight:g}-{x:g}-*.json")
         ]
+        assert len(scores) == 3
         assert scores[0] == min(scores)
     capsys.readouterr()
     assert run_tool(compare_distill, monkeypatch, micro, where, "--seeds", "3", *arms) == 0
@@ -205,6 +207,11 @@ def test_the_comparison_of_objectives(micro, tmp_path, monkeypatch, capsys):
     assert set(scores) == {"teacher", *arms[1:]}
     loss = scores["forward_kl"]["pose"]
     assert f"{loss:.3f} ({loss:.3f}-{loss:.3f})" in said
+    # scores of another recipe are not taken for this one's
+    before = set((tmp_path / "run" / "seed3").rglob("arms/*.json"))
+    longer = [where, "student.steps=7", "--seeds", "3", "--arms", "scratch"]
+    assert run_tool(compare_distill, monkeypatch, micro, *longer) == 0
+    assert len(set((tmp_path / "run" / "seed3").rglob("arms/*.json")) - before) == 1
     # a teacher read from memory is the teacher: the same student as a recipe's own run
     weight, rate = chosen["forward_kl"]
     own = {"kd_weight": weight, "learning_rate": rate}

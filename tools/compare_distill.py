@@ -12,12 +12,13 @@ that a live teacher costs an arm nothing here. That changes no number.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from delvm.stages import write_atomic
 from delvm.tokenizer import Tokenizer
 from delvm.tokens import sentences
 from delvm.tokens.store import open_store
-from delvm.training import Interrupted, discard_checkpoint, train
+from delvm.training import Interrupted, NotFinite, discard_checkpoint, train
 
 TUNING_SEED = 100  # never one of the table's
 WEIGHT, RATE = 4.0, 5e-3  # where --tune starts; WEIGHT goes in steps of 4, RATE of 2
@@ -97,10 +98,15 @@ class Seed:
 
     def loss(self, arm: str, weight: float, rate: float) -> dict[str, float]:
         """Held-out loss by task of one arm."""
-        name = f"{arm.replace(' ', '_').replace(',', '')}-{weight:g}-{rate:g}"
+        recipe = self.run.recipe
+        assert recipe.student is not None
+        # of all that a score depends on: a recipe that changed must not meet the scores of the old one
+        made_of = [self.run.keys["teacher"], asdict(recipe.sentences), asdict(recipe.student), str(ARMS[arm])]
+        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:8]
+        name = f"{arm.replace(' ', '_').replace(',', '')}-{weight:g}-{rate:g}-{key}"
         result = self.dir / "arms" / f"{name}.json"
         if not result.exists():
-            console.print(f"{self.run.recipe.seed}: {arm}, weight {weight:g}, rate {rate:g}")
+            console.print(f"{recipe.seed}: {arm}, weight {weight:g}, rate {rate:g}")
             result.parent.mkdir(exist_ok=True)
             write_atomic(result, json.dumps(self._score(self._student(arm, weight, rate, name))))
         return json.loads(result.read_text())
@@ -163,8 +169,11 @@ def tune(seed: Seed, arms: list[str], chosen: dict[str, list[float]]) -> None:
     """Add weight and rate of every arm to `chosen`."""
 
     def mean(arm: str, weight: float, rate: float) -> float:
-        value = statistics.mean(seed.loss(arm, weight, rate).values())
-        return value if math.isfinite(value) else math.inf
+        try:
+            return statistics.mean(seed.loss(arm, weight, rate).values())
+        except NotFinite as error:
+            console.print(str(error))
+            return math.inf
 
     rows = []
     for arm in arms:
