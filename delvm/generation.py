@@ -23,6 +23,7 @@ def complete(
     temperature 0 takes the most likely code each time; above 0 draws from the smallest set of codes that
     holds `top_p` of the probability. The draw depends on `seed` alone; the global random state is left as it
     was. The model's own generation settings are ignored: what ends a text there is an image code here.
+    A compiled model runs uncompiled: every token that is added would make it compile again.
 
     Raises ValueError for settings out of range and for prompts that leave no room in the model's positions.
     """
@@ -43,7 +44,8 @@ def complete(
     model.generation_config = settings
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(seed)
             out = model.generate(ids, attention_mask=torch.ones_like(ids))
     finally:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig
 
+from delvm.distill.fused import CHUNK
 from delvm.llama import count_parameters
 from delvm.training import TrainerConfig
 
-CHUNK = 512
-"""Tokens whose logits a fused loss holds at a time (`delvm.distill.fused`)."""
 FP32, BF16 = 4, 2
 
 
@@ -52,12 +51,20 @@ def training(config: LlamaConfig, trainer: TrainerConfig, *, rows: int, length: 
     return Memory(weights, kept + loss + chunk + passing)
 
 
-def live_teacher(config: LlamaConfig, precision: str, *, rows: int, length: int) -> Memory:
-    """A frozen teacher that runs beside the student. precision: `32` or `bf16`."""
+def live_teacher(
+    config: LlamaConfig, precision: str, *, rows: int, length: int, processes: int = 1
+) -> Memory:
+    """A frozen teacher that runs beside the student.
+
+    precision: `32` or `bf16`. processes: how many share its layers; each holds one whole while it runs.
+    """
     tokens, size = rows * length, FP32 if precision == "32" else BF16
     logits = min(CHUNK, tokens) * config.vocab_size * (FP32 + _copy(size))
     states = tokens * config.hidden_size * size
-    return Memory(size * count_parameters(config), _passing(config, size) * tokens + states + logits)
+    layer = _layer_parameters(config)
+    shared = layer * config.num_hidden_layers
+    held = count_parameters(config) - shared + shared // processes + (layer if processes > 1 else 0)
+    return Memory(size * held, _passing(config, size) * tokens + states + logits)
 
 
 def activations(config: LlamaConfig, trainer: TrainerConfig, *, rows: int, length: int) -> int:
@@ -86,12 +93,18 @@ def layer_activations(config: LlamaConfig, trainer: TrainerConfig, length: int) 
 
 
 def cast_weights(config: LlamaConfig, trainer: TrainerConfig) -> int:
-    """Bytes of the copies in bfloat16 that autocast makes of the layers' matrices for a step."""
+    """Bytes of the copies in bfloat16 of the layers' matrices that autocast makes and autograd keeps."""
     if trainer.precision != "bf16-mixed":
         return 0
+    # checkpointed: nobody keeps a layer's before the backward pass makes them again
+    layers = 1 if trainer.checkpointing else config.num_hidden_layers
+    return BF16 * layers * _layer_parameters(config)
+
+
+def _layer_parameters(config: LlamaConfig) -> int:
+    """Those of a layer's matrices; of its norms and biases there are few."""
     queries, keys = _widths(config)
-    matrices = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
-    return BF16 * config.num_hidden_layers * matrices
+    return config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
 
 
 def _norm(config: LlamaConfig) -> int:

@@ -27,13 +27,19 @@ PEAK_TFLOPS = {
 """Dense bf16 peak in TFLOP/s by torch's name of the card."""
 
 
+def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether a batch is the last of its optimizer step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
 class Monitor(pl.Callback):
     """Logs every `log_every` steps what the training costs, and every `diagnose_every` what the module finds.
 
     - `speed/tokens_per_second`: over all processes, since the last point; batches without `tokens` have none.
     - `speed/mfu`: model FLOP/s as a share of the cards' bf16 peak (Chowdhery et al. 2022, PaLM, appendix B),
       if the card is in PEAK_TFLOPS and the module has `flops_per_token`, forward and backward.
-    - `memory/peak_gib`: of the first process so far: on its card, or resident where there is none.
+    - `memory/peak_gib`: of the first process: on its card since the training began, or, where there is none,
+      resident since the process began.
     - `optimizer/learning_rate`, `optimizer/gradient_norm`: of the step; the norm is that before clipping, if
       the module keeps it as `gradient_norm`.
     - `diagnose/...`: what the module's `diagnose()`, if it has one, returns: a dict of floats, or None. All
@@ -45,6 +51,8 @@ class Monitor(pl.Callback):
         self._since, self._tokens, self._rate = 0.0, 0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.device.type == "cuda":  # an earlier training may have taken more
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._since, self._tokens = perf_counter(), 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -55,7 +63,7 @@ class Monitor(pl.Callback):
     ) -> None:
         if isinstance(batch, dict) and "tokens" in batch:
             self._tokens += batch["tokens"].numel()
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not ends_step(trainer, batch_idx):
             return
         step = trainer.global_step
         values: dict[str, float] = {}
@@ -91,7 +99,9 @@ def utilization(flops: float, card: str, num_cards: int) -> float | None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has used so far, in GiB: allocated on a GPU, or resident."""
+    """The most memory that this process has used, in GiB: allocated on a GPU since its peak was last reset,
+    or resident since the process began.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource  # not on Windows
@@ -101,9 +111,13 @@ def peak_memory(device: torch.device) -> float:
 
 
 def diagnosis(module: pl.LightningModule) -> dict[str, float]:
-    """What the module's `diagnose` finds; the training's random numbers stay as they are."""
+    """What the module's `diagnose` finds; the training's random numbers stay as they are.
+
+    It runs uncompiled: the training's graphs do not serve it, and for so few batches none is worth its time.
+    """
     diagnose: Callable[[], dict[str, float] | None] | None = getattr(module, "diagnose", None)
     if diagnose is None:
         return {}
-    with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
+    devices = [module.device] if module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         return {f"diagnose/{key}": value for key, value in (diagnose() or {}).items()}

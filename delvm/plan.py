@@ -30,6 +30,11 @@ class Plan:
     notes: list[str]
     """What a user should know: samples left out, and where the data do not give what was asked for."""
 
+    @property
+    def positions(self) -> int:
+        """Tokens that a model has to read at once: a row, or a sentence to be scored."""
+        return max(self.length, *(form.length for form in self.forms.values()))
+
 
 def make_plan(recipe: Recipe, manifest: Mapping[str, dict], *, num_tokens: int, num_codes: int) -> Plan:
     """The plan over what `manifest` lists.

@@ -11,7 +11,6 @@ from timm.optim import param_groups_weight_decay
 from torch.optim import Optimizer
 from transformers import LlamaForCausalLM
 
-from delvm import ranks
 from delvm.distill.fused import fused_cross_entropy
 from delvm.llama import SCHEMES, find_size
 
@@ -136,8 +135,9 @@ class Pretrain(pl.LightningModule):
 
     Batches: `tokens` (rows, length) int64; `labels`, the same with IGNORED where nothing is to be learnt,
     else every token after the first is a target; `positions` (rows, length) int64, which start again at 0
-    where a sentence begins that must not see what stands before it; `num_...`, what `count` found in all the
-    micro-batches of the step, so that they and all processes together have the mean of one large batch.
+    where a sentence begins that must not see what stands before it; `num_...`, scalars: what `count` found in
+    all the micro-batches of the step, the mean over the processes, so that all of them together have the mean
+    of one large batch.
 
     Args:
         model: what is trained.
@@ -183,10 +183,12 @@ class Pretrain(pl.LightningModule):
 
     def total(self, step: Step, key: str) -> torch.Tensor | None:
         """A count over the step's micro-batches, the mean of all processes; None: the losses count."""
-        if key not in step.batch:
-            return None
-        # of all processes the mean: DistributedDataParallel takes the mean of their gradients
-        return ranks.mean({key: step.batch[key].double()})[key]
+        return step.batch.get(key)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row in the last batch; before the first, as many as the model takes."""
+        return self._seen["tokens"].shape[1] if self._seen else self.model.config.max_position_embeddings
 
     @property
     def micro_batches(self) -> int:
@@ -196,7 +198,7 @@ class Pretrain(pl.LightningModule):
     @property
     def flops_per_token(self) -> float:
         """Floating-point operations of a training step for each token (Chowdhery et al. 2022, appendix B)."""
-        return 3 * forward_flops(self.model)
+        return 3 * forward_flops(self.model, self.row_length)
 
     @torch.no_grad()
     def diagnose(self) -> dict[str, float]:
@@ -247,12 +249,12 @@ def hidden_states(
     return model.model(inputs, position_ids=positions, use_cache=False).last_hidden_state
 
 
-def forward_flops(model: LlamaForCausalLM) -> float:
-    """Floating-point operations of a forward pass for each token of a row as long as the model takes.
+def forward_flops(model: LlamaForCausalLM, length: int) -> float:
+    """Floating-point operations of a forward pass for each token of rows of `length`.
 
     Two for every weight that multiplies, head included, and attention's 4 * layers * width * length.
     """
     config = model.config
     weights = sum(parameter.numel() for parameter in model.model.layers.parameters())
-    attention = 2 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings
+    attention = 2 * config.num_hidden_layers * config.hidden_size * length
     return 2.0 * (weights + config.vocab_size * config.hidden_size + attention)

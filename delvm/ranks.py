@@ -105,11 +105,20 @@ def joined() -> Iterator[None]:
     """Be one process of those that were launched together; they end together.
 
     Raises:
-        UserError: a variable that the launcher should have set is missing.
+        UserError: a variable that the launcher should have set is missing; srun has started several processes
+            that do not know of each other.
         Ended: in place of any exception, where another process has ended the run already: of all errors only
             the first comes through. A process that hangs waiting for one that has failed is ended.
     """
     global _processes
+    # SLURM_STEP_NUM_TASKS counts what this very srun has started. SLURM_NTASKS is that of the job, which a
+    # batch script or a shell of salloc, one process both, have as well.
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "WORLD_SIZE" not in os.environ and int(tasks) > 1:
+        raise UserError(
+            f"SLURM_STEP_NUM_TASKS: srun has started {tasks} processes that do not know of each other; let it"
+            " start one torchrun on each machine (or set WORLD_SIZE=1 if each is a run of its own)"
+        )
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return

@@ -143,7 +143,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = build(config, str(path))
     recipe.name = recipe.name or path.stem
     recipe.run_dir = str(Path(recipe.run_dir or f"runs/{recipe.name}").expanduser())
-    for section in (recipe.tokenizer, recipe.teacher):
+    for section in (recipe.tokenizer, recipe.teacher, recipe.cache):
         if section and section.folder:
             section.folder = str(Path(section.folder).expanduser())
     return recipe

@@ -1,15 +1,20 @@
 """A run -> what is said of it: the plan before it, the page and the numbers after it."""
 
 import json
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from delvm import llama, memory, ranks
 from delvm import recipe as recipes
-from delvm.chain import Run
+from delvm.chain import Run, show_plan
 from delvm.console import console, show_scores, table
+from delvm.distill.cache import cache_bytes
 from delvm.evaluate.prompting import load_pictures
 from delvm.evaluate.report import Report, render
+from delvm.given import Given
+from delvm.material import list_samples
+from delvm.plan import Plan
 from delvm.stages import record, stage_key, write_atomic
 from delvm.tokenizer.training import num_parameters
 
@@ -20,37 +25,39 @@ def dry_run(run: Run) -> None:
     Raises:
         UserError: what `Run.fit` would refuse.
     """
+    given = run.given
     with TemporaryDirectory() as folder:
-        run.open_data(run.index(Path(folder)), Path(folder))
-    for task, entry in run.manifest.items():
-        form, counts = (
-            run.plan.forms[task],
-            f"{entry['train']} training, {entry['validation']} held-out samples",
-        )
+        material = list_samples(given, Path(folder), run.dir)
+    plan = material.plan
+    for task, entry in material.manifest.items():
+        form = plan.forms[task]
+        counts = f"{entry['train']} training, {entry['validation']} held-out samples"
         console.print(f"{task}: {counts}; {form.kind}: {form.images} pictures, {form.length} tokens")
-    run.show_plan()
+    show_plan(material)
     rows: list[tuple[object, ...]] = []
-    for role in run.models:
-        config = run.training_config(role)
-        parameters = llama.count_parameters(run.model_config(role))
-        if role == "teacher" and run.given_teacher:
+    for role in given.models:
+        config = given.training_config(role)
+        parameters = llama.count_parameters(given.model_config(role, plan.positions))
+        if role == "teacher" and given.teacher:
             rows.append((role, "given", parameters, "", "", ""))
             continue
-        per_step = config.batch_size * run.plan.length
+        per_step = config.batch_size * plan.length
         rows.append((role, config.size, parameters, config.steps, per_step, per_step * config.steps))
     table("models", ["model", "size", "parameters", "steps", "tokens a step", "tokens"], rows)
-    show_memory(run)
-    if run.given_teacher:
-        console.print(f"teacher: {run.training_config('teacher').folder}", soft_wrap=True)
+    show_memory(given, plan)
+    if given.teacher:
+        console.print(f"teacher: {given.training_config('teacher').folder}", soft_wrap=True)
+    if run.recipe.cache and run.recipe.student:
+        show_cache(run, plan.length)
     tokenizer = run.recipe.tokenizer
-    if run.given_tokenizer is None:
+    if given.tokenizer is None:
         parameters = num_parameters(tokenizer, run.recipe.data.image_size)
         sizes = f"{parameters:,} parameters, {tokenizer.steps} steps of {tokenizer.batch_size} pictures"
         console.print(f"tokenizer: {sizes}")
     else:
         console.print(f"tokenizer: {tokenizer.folder}")
     ends = " and BOS, EOS" if run.recipe.sentences.specials else ""
-    console.print(f"rows: {run.plan.length} tokens, {run.num_codes} codes{ends}")
+    console.print(f"rows: {plan.length} tokens, {given.num_codes} codes{ends}")
     keys: dict[str, str] = {}
     for stage in run.stages():
         keys[stage.name] = stage_key(stage, keys)
@@ -58,27 +65,23 @@ def dry_run(run: Run) -> None:
         console.print(f"{stage.name}: {'done, would be reused' if done else 'to do'}")
 
 
-def show_memory(run: Run) -> None:
+def show_memory(given: Given, plan: Plan) -> None:
     """Print what the training of each model takes of a GPU, shared by the processes that are here now."""
-    trainer, student = run.recipe.trainer, run.recipe.student
-    rows = []
-    for role in run.models:
-        if role == "teacher" and run.given_teacher:
+    trainer, rows = given.recipe.trainer, []
+    for role in given.models:
+        if role == "teacher" and given.teacher:
             continue
-        share = run.training_config(role).batch_size // (ranks.world() * trainer.accumulate)
-        shape = {"rows": share, "length": run.plan.length}
-        needs = {role: memory.training(run.model_config(role), trainer, **shape)}
-        if role == "student" and student:
-            mixed = "bf16" if trainer.precision == "bf16-mixed" else "32"
-            precision = mixed if student.teacher_precision == "auto" else student.teacher_precision
-            teacher = memory.live_teacher(run.model_config("teacher"), precision, **shape)
-            needs = {"student, live teacher": needs[role] + teacher, "student, cached teacher": needs[role]}
+        share = given.training_config(role).batch_size // (ranks.world() * trainer.accumulate)
+        shape = {"rows": share, "length": plan.length}
+        needs = {role: memory.training(given.model_config(role, plan.positions), trainer, **shape)}
+        if role == "student":
+            teacher = given.model_config("teacher", plan.positions)
+            sharing = ranks.world() if given.teacher_sharded else 1
+            live = memory.live_teacher(teacher, given.teacher_precision, **shape, processes=sharing)
+            needs = {"student, live teacher": needs[role] + live, "student, cached teacher": needs[role]}
+        micro_batch = f"{share} row{'s' * (share > 1)}"
         rows += [
-            (
-                name,
-                f"{share} row{'s' * (share > 1)}",
-                *map(_size, (need.weights, need.activations, need.total)),
-            )
+            (name, micro_batch, *map(_size, (need.weights, need.activations, need.total)))
             for name, need in needs.items()
         ]
     if rows:
@@ -87,8 +90,25 @@ def show_memory(run: Run) -> None:
         table(title, ["model", "micro-batch", "weights", "activations", "total"], rows)
 
 
+def show_cache(run: Run, length: int) -> None:
+    """Print what the teacher's cache takes of the disk that it goes to, and what is free there."""
+    config, student = run.recipe.cache, run.recipe.student
+    assert config is not None
+    assert student is not None
+    folder = Path(config.folder or run.dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    rows = config.rows or student.steps * student.batch_size
+    takes = cache_bytes(config, run.given.vocabulary, length, rows)
+    free = shutil.disk_usage(there).free
+    console.print(
+        f"cache: {_size(takes)} for {rows} rows; {_size(free)} free on the disk of {there}", soft_wrap=True
+    )
+
+
 def _size(number: int) -> str:
     """Bytes, as they are read."""
+    if number >= 2**40:
+        return f"{number / 2**40:.1f} TiB"
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
@@ -96,7 +116,7 @@ def conclude(run: Run) -> None:
     """Write `metrics.json` and `report.html` of a run that has ended, and print its last table."""
     stages = {stage.name: record(run.dir / stage.name) for stage in run.stages()}
     result = {
-        "balance": run.plan.summary,
+        "balance": run.material.plan.summary,
         "data": run.metrics["data"],
         "tokenizer": run.metrics["tokenizer"],
         "evaluate": run.metrics.get("evaluate", {}),
@@ -114,10 +134,10 @@ def report(run: Run, result: dict) -> Report:
     """What the page shows, read back from the run folder."""
     curves = {}
     facts = [("seed", str(run.recipe.seed)), ("image size", f"{run.recipe.data.image_size} px")]
-    for role in run.models:
-        config = run.training_config(role)
-        parameters = llama.count_parameters(run.model_config(role))
-        if role == "teacher" and run.given_teacher:
+    for role in run.given.models:
+        config = run.given.training_config(role)
+        parameters = llama.count_parameters(run.given.model_config(role, run.material.plan.positions))
+        if role == "teacher" and run.given.teacher:
             facts.append((role, f"{config.folder}: {parameters / 1e6:.2f}M parameters"))
             continue
         points = json.loads((run.dir / role / "curve.json").read_text())

@@ -5,41 +5,40 @@ on Ctrl-C and SIGTERM, and go on from their last checkpoint to the result that a
 A step is the same items, however many processes (`ranks`) and micro-batches share them.
 """
 
-import os
 import shutil
 import signal
-import threading
 import warnings
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.plugins.environments import TorchElasticEnvironment
+from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm.auto import tqdm
 
 from delvm import ranks
+from delvm.callbacks import CHECKPOINT, Averaging, Checkpoints, Progress
+from delvm.callbacks import Interrupted as Interrupted  # which `train` raises
+from delvm.callbacks import NotFinite as NotFinite
 from delvm.errors import UserError
 from delvm.monitor import Monitor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHECKPOINT = "last.ckpt"
 CHOICES = {
     "accelerator": ("auto", "cpu", "gpu"),
     "precision": ("32-true", "bf16-mixed"),
-    "attention": ("auto", "sdpa", "eager"),
+    "attention": ("sdpa", "eager"),
 }
+COMPILE_BACKEND: str | Callable[..., Any] = "inductor"
 
 
 @dataclass
@@ -59,15 +58,16 @@ class TrainerConfig:
     diagnose_every: int = 100
     """Steps between two looks at what the losses ask of the model, in TensorBoard; 0 never."""
     accumulate: int = 1
-    """Micro-batches that each process makes of its share of a step, one after the other: less memory."""
+    """Micro-batches that each process makes of its share of a step, one after the other: less memory. It may
+    change, as the number of processes may, where a training goes on."""
     averaging: float = 0.0
     """Decay of the weights' moving average, which is then what is saved, such as 0.999; 0 takes none."""
     checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third slower."""
     compile: bool = False
-    """Compile the model: a minute or more at the start, faster steps on a GPU."""
-    attention: str = "auto"
-    """`auto`, `sdpa` or `eager`: how attention is computed; `auto` goes by device and length."""
+    """Compile the model's layers: a minute or so at the start, faster steps on a GPU."""
+    attention: str = "sdpa"
+    """`sdpa`, PyTorch's fused kernels, or `eager`, matrix by matrix."""
 
     def __post_init__(self) -> None:
         for key, choices in CHOICES.items():
@@ -104,39 +104,29 @@ def check_batch_size(key: str, batch_size: int, accumulate: int) -> None:
         raise UserError(f"{key}: {batch_size} a step must divide by {shares}")
 
 
-def choose_attention(device: torch.device, length: int) -> str:
-    """transformers' implementation of attention over `length` tokens for training on this device."""
-    # measured forward and backward, 4 heads of 32, 322 tokens, 2 CPU threads: eager takes 1.2 times as long
-    return "sdpa"
-
-
-def set_up_model(model: "PreTrainedModel", config: TrainerConfig, length: int) -> None:
-    """Set a model's attention, checkpointing and compilation, in place; its weights keep names and values.
-
-    length: tokens of the rows that it is to be trained on.
-    """
-    automatic = config.attention == "auto"
-    model.set_attn_implementation(
-        choose_attention(config.device(), length) if automatic else config.attention
-    )
+def set_up_model(model: "PreTrainedModel", config: TrainerConfig) -> None:
+    """Set a model's attention, checkpointing and compilation, in place; its weights keep names and values."""
+    model.set_attn_implementation(config.attention)
     if config.checkpointing:
         checkpoint_activations(model)
     if config.compile:
-        model.base_model.compile()  # what all losses run; in place, or the weights' names would change
+        compile_layers(model)
 
 
 def checkpoint_activations(model: "PreTrainedModel") -> None:
     """Let a model keep the input of each layer alone and compute the rest again (Chen et al. 2016)."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()  # transformers checkpoints in training mode alone
 
 
-class NotFinite(UserError):
-    """A loss became infinite or no number."""
+def compile_layers(model: "PreTrainedModel") -> None:
+    """Compile a model's layers, in place; what they share is compiled once.
 
-
-class Interrupted(Exception):
-    """Training was asked to stop and has written its checkpoint."""
+    Around them transformers chooses the attention mask. Traced, that choice would be one mask of
+    (rows, 1, length, length) for whole rows as well, which SDPA's fastest kernels do not take.
+    """
+    for layer in model.base_model.layers:
+        layer.compile(backend=COMPILE_BACKEND)
 
 
 class InOrder(Sampler[int]):
@@ -159,11 +149,15 @@ class InOrder(Sampler[int]):
 
 
 class MicroBatches(DataLoader):
-    """Batches, each told what the whole step counts in this process.
+    """Batches, each told what the whole step counts.
 
     A step is `accumulate` batches; what `module.count(batch)` says, a dict of whole numbers, is summed over
-    them and put into each as int64 scalars. A loss divides by it: the mean over a step's tokens is not the
-    mean of its batches' means. A module without `count` gets the batches as they are.
+    them, and its mean over the processes put into each as float32 scalars. A loss divides by it: the mean
+    over a step's tokens is not the mean of its batches' means, and gradients are the mean over processes.
+    A module without `count` gets the batches as they are.
+
+    The processes meet there, on the CPU: each asks for a step's first batch when it has finished the step
+    before, for Lightning fetches nothing ahead from a loader that has a length.
     """
 
     def __init__(self, *args: Any, module: pl.LightningModule, accumulate: int, **settings: Any) -> None:
@@ -172,13 +166,15 @@ class MicroBatches(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
-        if self.count is None:
-            yield from batches
-            return
-        while step := list(islice(batches, self.accumulate)):
-            counts = list(map(self.count, step))
-            totals = {key: torch.tensor(sum(count[key] for count in counts)) for key in counts[0]}
-            yield from ({**batch, **totals} for batch in step)
+        with plain_errors():
+            if self.count is None:
+                yield from batches
+                return
+            while step := list(islice(batches, self.accumulate)):
+                counts = list(map(self.count, step))
+                sums = {key: torch.tensor(float(sum(count[key] for count in counts))) for key in counts[0]}
+                totals = ranks.mean(sums)
+                yield from ({**batch, **totals} for batch in step)
 
 
 class Shuffled(Dataset):
@@ -207,150 +203,27 @@ class Shuffled(Dataset):
         return torch.cat(list(items))
 
 
-class Averaging(pl.Callback):
-    """An exponential moving average of the weights (Polyak and Juditsky 1992).
-
-    Lightning's own copies the whole module, here with a frozen teacher in it. After step t the decay is
-    min(decay, (1 + t) / (10 + t)): a short run must not end on an average of its random start.
-    """
-
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
-        self.average: dict[str, torch.Tensor] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.average
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.average = state_dict
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.average = {
-            name: self.average.get(name, weight).detach().to(weight.device, copy=True)
-            for name, weight in _trained(pl_module).items()
-        }
-
-    @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        step = trainer.global_step
-        update = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
-        update(list(self.average.values()), list(_trained(pl_module).values()), step)
-
-    @torch.no_grad()
-    def replace_weights(self, module: pl.LightningModule) -> None:
-        """Put the average in the place of the weights."""
-        for name, weight in _trained(module).items():
-            weight.copy_(self.average[name])
-
-
-def _trained(module: pl.LightningModule) -> dict[str, torch.nn.Parameter]:
-    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
-
-
-class Progress(pl.Callback):
-    """Progress bar, curve, checkpoints and a clean stop, of the first process for all.
-
-    `training_step` returns a dict of scalars with `loss` among them; each becomes a curve, of its mean over
-    micro-batches, processes and steps.
-    """
-
-    def __init__(self, name: str, steps: int, config: TrainerConfig, folder: Path) -> None:
-        self.name, self.steps, self.config, self.folder = name, steps, config, folder
-        self.curve: list[dict[str, float]] = []
-        self._sums: dict[str, torch.Tensor] = {}
-        self._rng: torch.Tensor | None = None
-        self._stop: int | None = None
-        self._handlers: dict[int, Any] = {}
-        self._bar: tqdm | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"curve": self.curve, "sums": self._sums, "rng": torch.get_rng_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.curve, self._sums, self._rng = state_dict["curve"], state_dict["sums"], state_dict["rng"]
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._bar = tqdm(
-            total=self.steps, initial=trainer.global_step, desc=self.name, unit="step",
-            disable=not ranks.is_first(),
-        )  # fmt: skip
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._request_stop)
-
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        if self._stop is not None:  # asked twice: at once
-            raise KeyboardInterrupt
-        self._stop = number
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._rng is not None:  # only now: setting up the restart has drawn random numbers of its own
-            torch.set_rng_state(self._rng)
-            self._rng = None
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert self._bar is not None
-        step = trainer.global_step
-        for key, value in outputs.items():
-            if key != "loss":  # which Lightning has divided
-                value = value / self.config.accumulate
-            self._sums[key] = self._sums.get(key, 0.0) + value.detach()
-        if (batch_idx + 1) % self.config.accumulate:
-            return
-        self._bar.update()
-        if step % self.config.log_every == 0 or step == self.steps:
-            num_steps = step - (self.curve[-1]["step"] if self.curve else 0)
-            point = {key: float(value) / num_steps for key, value in ranks.mean(self._sums).items()}
-            self._sums = {}
-            if not all(map(torch.isfinite, map(torch.tensor, point.values()))):
-                raise NotFinite(
-                    f"{self.name}: not a finite loss at step {step}: {point}; lower learning_rate"
-                )
-            self.curve.append({"step": step, **point})
-            self._bar.set_postfix({"loss": f"{point['loss']:.3f}"}, refresh=False)
-            for logger in trainer.loggers:
-                logger.log_metrics(point, step)
-        if step % self.config.checkpoint_every == 0 and step < self.steps:
-            self._save(trainer)
-        # at the last step too: what called train is asked to stop as well
-        if ranks.any_rank(self._stop is not None):
-            self._save(trainer)
-            raise Interrupted(f"{self.name}: stopped at step {step} of {self.steps}")
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        self._sums = ranks.mean(self._sums)  # the checkpoint is the first process'
-        partial = self.folder / f".{CHECKPOINT}.partial"
-        trainer.save_checkpoint(partial)
-        ranks.on_first(lambda: os.replace(partial, self.folder / CHECKPOINT))
-
-    # not in `teardown`: Lightning calls that after it has put back the signal handlers it found, and only if
-    # all went well
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._close()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
-
-
 def leave_stopping_to_us(worker: int) -> None:
     """For worker processes: the main process decides when to stop."""
     # Ctrl-C reaches every process of the terminal; a worker that dies of it would spoil the clean stop
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Give a UserError from a worker process the words that it was raised with.
+
+    PyTorch raises it once more in the main process, with the worker's whole traceback for its message.
+    """
+    try:
+        yield
+    except UserError as error:
+        kind = type(error)
+        _, worker, said = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
+        if not worker:
+            raise
+        raise kind(said.rstrip("\n")) from error
 
 
 def train(
@@ -383,16 +256,18 @@ def train(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint stands in `folder`.
-        KeyboardInterrupt: it came twice, or before the first step.
+        KeyboardInterrupt: SIGINT came twice, or before the first step.
         NotFinite: the loss is not finite.
         UserError: processes and micro-batches cannot share `batch_size` evenly.
     """
     check_batch_size(f"{name}.batch_size", batch_size, config.accumulate)
-    progress = Progress(name, steps, config, folder)
-    averaging = Averaging(config.averaging)
-    callbacks: list[pl.Callback] = [progress, Monitor(config.log_every, config.diagnose_every)]
-    if config.averaging:
-        callbacks.insert(0, averaging)  # before what saves it
+    progress, averaging = Progress(name, steps, config.log_every), Averaging(config.averaging)
+    callbacks: list[pl.Callback] = [
+        progress,
+        *([averaging] if config.averaging else []),
+        Monitor(config.log_every, config.diagnose_every),
+        Checkpoints(name, steps, config.checkpoint_every, folder),
+    ]
     loader = MicroBatches(
         dataset,
         module=module,
@@ -418,6 +293,7 @@ def train(
             gradient_clip_val=clip,
             logger=TensorBoardLogger(tensorboard, name=name, version=""),
             callbacks=callbacks,
+            default_root_dir=folder,  # in a SLURM job Lightning looks for checkpoints there as well
             enable_progress_bar=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -437,8 +313,8 @@ def train(
 
 def _processes() -> dict[str, Any]:
     """Lightning's Trainer's settings for the processes that there are."""
-    if ranks.world() == 1:
-        return {"devices": 1}
+    if ranks.world() == 1:  # whatever the variables of a SLURM job say
+        return {"devices": 1, "plugins": [LightningEnvironment()]}
     return {
         "devices": ranks.local_world(),
         "num_nodes": ranks.world() // ranks.local_world(),

@@ -1,40 +1,38 @@
 import json
 import pickle
+import re
+import time
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from delvm import llama
+from delvm import llama, ranks
 from delvm.distill import cache as caching
 from delvm.distill.cache import (
     COUNTS,
     CacheConfig,
     Cached,
     CachedRows,
-    Record,
-    draw,
+    cache_bytes,
     open_cache,
-    pack,
     row_hashes,
-    unpack,
     weights_hash,
     write_cache,
 )
-from delvm.distill.divergences import forward_kl
+from delvm.distill.records import Record
 from delvm.distill.teacher import Live
 from delvm.errors import UserError
 from delvm.tokens.rows import TrainingSentences
 from delvm.tokens.sentences import SentencesConfig
 from delvm.tokens.store import Grid, TokenStore
+from tests.processes import together
 from tests.tiny_store import TOKENS, every_view, tiny_forms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-laws = settings(max_examples=40, deadline=None)
 CODES, VOCAB = 19, 21  # and BOS and EOS: 5 bits an id
 PAIRS = {"pairs": (12, 1, 1, 2)}
 CPU = torch.device("cpu")
@@ -63,7 +61,7 @@ def _write(folder, rows=None, teacher=None, *, kind="topk", count=5, num_rows=0,
     """A small cache in shards of three rows."""
     rows, teacher = rows or _rows(), teacher or _teacher()
     config = CacheConfig(kind, count, num_rows)
-    row_bytes = 8 + (rows.length - 1) * Record(kind, config.codes, VOCAB).num_bytes
+    row_bytes = Record(kind, config.codes, VOCAB).row_bytes(rows.length)
     arguments = {
         "temperature": 2.0, "seed": 3, "batch_size": 4, "device": CPU, "teacher_hash": "t" * 16,
         "tokenizer_hash": "k" * 16, "shard_bytes": 3 * row_bytes,
@@ -71,8 +69,19 @@ def _write(folder, rows=None, teacher=None, *, kind="topk", count=5, num_rows=0,
     write_cache(folder, rows, teacher, config, **(arguments | changes))
 
 
+def _files(folder):
+    """Every file in a folder, its content and when it was written."""
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
+
+
 def _shards(folder):
-    return {file.name: file.read_bytes() for file in sorted(folder.glob("*/*.npy"))}
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.npy"))}
+
+
+def _refused(message, call, *arguments, **settings):
+    with pytest.raises(UserError, match=message) as error:
+        call(*arguments, **settings)
+    assert "\n" not in str(error.value)
 
 
 def _live(rows, teacher, indices, temperature=2.0):
@@ -80,122 +89,6 @@ def _live(rows, teacher, indices, temperature=2.0):
     target = teacher.targets(rows.__getitems__(indices))
     logits = target.hidden.double() @ target.head.double().T / temperature
     return logits.softmax(-1).view(len(indices), rows.length - 1, -1)
-
-
-def _log_probabilities(tokens, codes, seed, scale=3.0):
-    logits = torch.randn(tokens, codes, generator=torch.Generator().manual_seed(seed))
-    return (scale * logits).log_softmax(-1)
-
-
-# --- a token's bytes ---
-
-
-@given(st.integers(1, 25), st.integers(1, 70), st.integers(1, 4), st.integers(0, 99))
-@laws
-def test_ids_come_back_from_their_bits(bits, count, tokens, seed):
-    ids = np.random.default_rng(seed).integers(1 << bits, size=(tokens, count))
-    ids[0, -1] = (1 << bits) - 1
-    packed = pack(ids, bits)
-    assert (packed.dtype, packed.shape) == (np.uint8, (tokens, -(-count * bits // 8)))
-    found = unpack(packed, bits, count)
-    assert found.dtype == np.int32
-    np.testing.assert_array_equal(found, ids)
-
-
-def test_the_lowest_bits_come_first():
-    assert pack(np.array([[1, 0, 7]]), 3).tolist() == [[0b11_000_001, 0b1]]
-
-
-@pytest.mark.parametrize(
-    ("kind", "count", "vocabulary", "bits", "num_bytes"),
-    [
-        ("sampled", 12, 8192, 13, 20),
-        ("sampled", 12, 8193, 14, 21),
-        ("sampled", 1, 1, 1, 1),
-        ("topk", 64, 8192, 13, 104 + 2 * 65),
-    ],
-)
-def test_bytes_of_a_token(kind, count, vocabulary, bits, num_bytes):
-    record = Record(kind, count, vocabulary)
-    assert (record.bits, record.num_bytes) == (bits, num_bytes)
-    ids = torch.full((3, vocabulary), -torch.inf)
-    ids[:, -1] = 0.0
-    stored = record.write(ids, torch.ones(3, count, dtype=torch.float64))
-    assert (stored.dtype, stored.shape) == (np.uint8, (3, num_bytes))
-    assert record.read(stored)[0][:, 0].tolist() == [vocabulary - 1] * 3
-
-
-@given(st.integers(2, 40), st.data(), st.integers(0, 99), st.sampled_from([0.3, 3.0, 12.0]))
-@laws
-def test_the_likeliest_codes_keep_their_probabilities(vocabulary, data, seed, scale):
-    count = data.draw(st.integers(1, vocabulary))
-    log_p = _log_probabilities(6, vocabulary, seed, scale)
-    record = Record("topk", count, vocabulary)
-    ids, found = record.read(record.write(log_p, torch.empty(6, 0)))
-    expected, order = log_p.double().exp().topk(count)
-    np.testing.assert_array_equal(ids, order)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=6e-4, atol=1e-6)
-    total = found.astype(np.float64).sum(1)
-    assert (total <= 1).all()
-    # what the codes left out have together, too, however little it is
-    np.testing.assert_allclose(1 - total, 1 - expected.sum(1), rtol=6e-4, atol=1e-6)
-
-
-def test_a_code_that_is_ruled_out_has_no_probability():
-    log_p = torch.tensor([[0.0, -torch.inf, -torch.inf]])
-    record = Record("topk", 2, 3)
-    ids, found = record.read(record.write(log_p, torch.empty(1, 0)))
-    assert ids[0, 0] == 0
-    assert found[0].tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
-
-
-# --- draws ---
-
-
-def _uniform(tokens, count, seed=0):
-    return torch.from_numpy(1 - np.random.default_rng(seed).random((tokens, count)))
-
-
-def test_shares_of_the_draws_are_the_probabilities():
-    tokens, count = 20_000, 3
-    log_p = _log_probabilities(1, 8, 0, 1.0)
-    p = log_p.double().exp()[0]
-    drawn = draw(log_p.expand(tokens, -1), _uniform(tokens, count))
-    assert (drawn.dtype, drawn.shape) == (torch.int64, (tokens, count))
-    found = torch.bincount(drawn.flatten(), minlength=8).double()
-    expected = tokens * count * p
-    chi_square = ((found - expected) ** 2 / expected).sum()
-    assert chi_square < 24.3  # 7 degrees of freedom: 1 in 1,000 independent draws is above
-
-
-def test_shares_vary_less_than_those_of_independent_draws():
-    tokens, count = 4000, 6
-    log_p = _log_probabilities(1, 8, 1, 1.0)
-    p = log_p.double().exp()[0]
-    drawn = torch.nn.functional.one_hot(draw(log_p.expand(tokens, -1), _uniform(tokens, count)), 8)
-    shares = drawn.double().mean(1)
-    assert shares.var(0).sum() < 0.5 * (p * (1 - p) / count).sum()
-    # never off by more than the two slices that a code may share with its neighbours
-    assert (shares - p).abs().max() < 2 / count
-
-
-def test_only_what_is_possible_is_drawn():
-    log_p = torch.tensor([[-torch.inf, 0.5, -torch.inf, 0.5, -torch.inf]]).log_softmax(-1).expand(4, -1)
-    ends = torch.tensor([[2**-53, 2**-53], [1.0, 1.0], [2**-53, 1.0], [0.5, 0.5]], dtype=torch.float64)
-    # the second slice begins where code 1 ends, which is its last point
-    assert draw(log_p, ends).tolist() == [[1, 1], [1, 3], [1, 3], [1, 3]]
-
-
-def test_the_gradient_of_drawn_codes_is_that_of_forward_kl_on_average():
-    tokens, count = 20_000, 12
-    teacher, student = _log_probabilities(1, 9, 0, 1.5), _log_probabilities(1, 9, 1, 1.5)
-    ids = draw(teacher.expand(tokens, -1), _uniform(tokens, count))
-    drawn, whole = (student.double().clone().requires_grad_() for _ in range(2))
-    (-drawn.log_softmax(-1).expand(tokens, -1).gather(-1, ids).mean()).backward()
-    forward_kl(whole, teacher.double()).sum().backward()
-    assert whole.grad.abs().max() > 0.1
-    torch.testing.assert_close(drawn.grad, whole.grad, atol=2e-3, rtol=0)
 
 
 # --- writing and reading ---
@@ -284,22 +177,81 @@ def test_the_manifest_says_what_was_written(tmp_path):
     rows = _rows()
     _write(tmp_path, rows, kind="sampled", count=12)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    expected = {
-        "kind": "sampled", "count": 12, "temperature": 2.0, "seed": 3, "vocabulary": VOCAB, "bits_per_id": 5,
-        "bytes_per_token": 8, "rows": 10, "length": 10, "teacher": "t" * 16, "precision": "32",
-        "tokenizer": "k" * 16, "shard": 3,
+    assert re.fullmatch("[0-9a-f]{16}", manifest.pop("rows_hash"))
+    assert manifest == {
+        "tokenizer": "k" * 16, "teacher": "t" * 16, "precision": "32", "kind": "sampled", "count": 12,
+        "temperature": 2.0, "vocabulary": VOCAB, "length": 10, "seed": 3, "rows": 10, "bits_per_id": 5,
+        "bytes_per_token": 8, "bytes_per_row": 84, "shard": 3,
     }  # fmt: skip
-    assert {key: manifest[key] for key in expected} == expected
-    assert len(manifest["sha256"]) == 4
-    # 10 rows: their hashes, and 9 distributions of 8 bytes each
-    sizes = [np.load(file, mmap_mode="r").nbytes for file in sorted(tmp_path.glob("*/*.npy"))]
-    assert sizes == [3 * 80, 3 * 80, 3 * 80, 80]
+    # 10 rows: their checksums and hashes, and 9 distributions of 8 bytes each
+    names = ["00000.npy", "00001.npy", "00002.npy", "00003.npy", "manifest.json"]
+    assert sorted(_files(tmp_path)) == names
+    shards = [np.load(tmp_path / name) for name in names[:4]]
+    assert [(shard.shape, shard.dtype) for shard in shards] == [
+        ((n, 1, 1, 84), np.uint8) for n in (3, 3, 3, 1)
+    ]
+
+
+def test_a_row_holds_the_hash_of_its_tokens_and_the_records_of_all_but_the_first(tmp_path):
+    rows, teacher = _rows(), _teacher()
+    _write(tmp_path, rows, teacher)
+    row = np.load(tmp_path / "00001.npy")[2, 0, 0]  # the sixth
+    assert row[4:12].tobytes() == row_hashes(rows.__getitems__([5])).tobytes()
+    ids, _ = Record("topk", 5, VOCAB).read(row[12:].reshape(9, -1))
+    np.testing.assert_array_equal(ids, _live(rows, teacher, [5])[0].topk(5).indices)
+
+
+@pytest.mark.parametrize(
+    ("config", "num_rows", "rows"),
+    [
+        (CacheConfig("topk", 5), 10, 10), (CacheConfig("sampled"), 7, 7), (CacheConfig("topk", 2, 4), 10, 4),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_bytes_on_disk_are_known_before(tmp_path, config, num_rows, rows):
+    data = _rows(num_rows)
+    _write(tmp_path, data, kind=config.kind, count=config.count, num_rows=config.rows, shard_bytes=64 << 20)
+    found = sum(file.stat().st_size for file in tmp_path.glob("*.npy"))
+    assert cache_bytes(config, VOCAB, data.length, num_rows) == found
+    # whose headers have 128 bytes
+    assert found == 128 + rows * Record(config.kind, config.codes, VOCAB).row_bytes(10)
+
+
+def test_the_bytes_of_many_shards_are_known_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "MAX_SHARDS", 4)
+    _write(tmp_path, shard_bytes=1)  # 3, 3, 3 and 1 rows
+    found = [file.stat().st_size for file in sorted(tmp_path.glob("*.npy"))]
+    assert len(found) == 4
+    assert cache_bytes(CacheConfig("topk", 5), VOCAB, 10, 10, shard_bytes=1) == sum(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "shards"), [("topk", 479_010, 512), ("sampled", 40_952, 512)], ids=["topk", "sampled"]
+)
+def test_the_bytes_of_the_recipes(kind, row, shards):
+    # 5.12 million rows of 2,048 tokens over 8,192 codes
+    assert cache_bytes(CacheConfig(kind), 8192, 2048, 5_120_000) == 5_120_000 * row + shards * 128
+
+
+def test_no_shard_is_held_in_memory(tmp_path):
+    rows, teacher = _rows(3000), _teacher()
+    rows.__getitems__([0, 2999])  # composes the epochs
+    tracemalloc.start()
+    try:
+        _write(tmp_path, rows, teacher, count=VOCAB, batch_size=50, shard_bytes=64 << 20)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [len(np.load(file, mmap_mode="r")) for file in tmp_path.glob("*.npy")] == [3000]
+    size = (tmp_path / "00000.npy").stat().st_size
+    assert size > 1_500_000
+    assert peak < size / 3
 
 
 def test_never_more_shards_than_can_be_open(tmp_path, monkeypatch):
     monkeypatch.setattr(caching, "MAX_SHARDS", 4)
-    _write(tmp_path, _rows(40), shard_bytes=1)
-    assert len(_shards(tmp_path)) == 4
+    _write(tmp_path, _rows(41), shard_bytes=1)
+    assert [len(np.load(tmp_path / name)) for name in _shards(tmp_path)] == [11, 11, 11, 8]
 
 
 # --- killed and gone on, or written by many ---
@@ -329,8 +281,8 @@ def test_a_killed_pass_leaves_whole_shards_and_goes_on(tmp_path, kind):
     with pytest.raises(_Killed):
         _write(tmp_path / "cache", teacher=teacher, kind=kind, batch_size=2)
     left = _shards(tmp_path / "cache")
-    assert list(left) == ["00000.npy", "00001.npy"]  # 8 rows went through, shards have 3
-    assert sum(1 for file in (tmp_path / "cache").rglob("*") if file.is_file()) == 2
+    # 8 rows went through, shards have 3
+    assert sorted(_files(tmp_path / "cache")) == ["00000.npy", "00001.npy", "begun.json"]
     with pytest.raises(UserError, match=r"cache: not a teacher's cache \(no manifest\.json\)$"):
         open_cache(tmp_path / "cache")
 
@@ -341,6 +293,7 @@ def test_a_killed_pass_leaves_whole_shards_and_goes_on(tmp_path, kind):
     _write(tmp_path / "straight", kind=kind, batch_size=2)
     found = _shards(tmp_path / "cache")
     assert {name: found[name] for name in left} == left
+    assert "begun.json" not in _files(tmp_path / "cache")
     one, two = (CachedRows(_rows(), open_cache(tmp_path / name)) for name in ("cache", "straight"))
     assert torch.equal(*(part.__getitems__(range(10))["teacher_ids"] for part in (one, two)))
 
@@ -349,32 +302,161 @@ def test_a_killed_pass_leaves_whole_shards_and_goes_on(tmp_path, kind):
     assert calls == []  # all is there
 
 
-@pytest.mark.parametrize(
-    "changes", [{"temperature": 1.0}, {"seed": 4}, {"rows": _rows(seed=1)}, {"teacher_hash": "u"}], ids=str
-)
-def test_shards_of_other_settings_are_not_gone_on_from(tmp_path, changes):
+def test_a_shard_that_was_deleted_is_written_again(tmp_path):
+    _write(tmp_path, batch_size=3)
+    before = _shards(tmp_path)
+    (tmp_path / "00001.npy").unlink()
+    teacher = _teacher()
+    calls = _kill_after(teacher, 100)
+    _write(tmp_path, teacher=teacher, batch_size=3)
+    assert len(calls) == 1
+    assert _shards(tmp_path) == before
+    open_cache(tmp_path)
+
+
+def test_what_a_single_process_does_not_write_is_missed(tmp_path):
+    message = (
+        r": 2 of 4 shards are missing, the first 00000\.npy; other processes should have written them, do all"
+    )
+    _refused(message, _write, tmp_path, rank=1, world=2, batch_size=3)
+    assert sorted(_files(tmp_path)) == ["00001.npy", "00003.npy", "begun.json"]
+    _refused(
+        r": 1 of 4 shards are missing, the first 00002\.npy", _write, tmp_path, rank=0, world=4, batch_size=3
+    )
+    _write(tmp_path, batch_size=3)
+    _write(tmp_path.with_name("alone"), batch_size=3)
+    assert _shards(tmp_path) == _shards(tmp_path.with_name("alone"))
+
+
+def test_two_processes_write_what_one_writes(tmp_path):
+    def work():
+        teacher, seen = _teacher(), []
+
+        def hook(*_):
+            time.sleep(0.3 * ranks.rank())  # the second is done long after the first
+            seen.append((tmp_path / "two" / "manifest.json").exists())
+
+        teacher.model.model.register_forward_pre_hook(hook)
+        _write(tmp_path / "two", teacher=teacher, batch_size=3)
+        return seen, sorted(_files(tmp_path / "two"))
+
+    names = ["00000.npy", "00001.npy", "00002.npy", "00003.npy", "manifest.json"]
+    # each writes two shards, and when the one has returned the other's are whole, and the manifest is there
+    assert together(work) == [([False, False], names)] * 2
+    _write(tmp_path / "one", batch_size=3)
+    one, two = (
+        {name: content for name, (content, _) in _files(tmp_path / part).items()} for part in ("one", "two")
+    )
+    assert one == two
+
+
+def test_no_manifest_where_a_process_has_failed(tmp_path):
+    def work():
+        teacher = _teacher()
+        if ranks.rank() == 1:
+            _kill_after(teacher, 1)
+        _write(tmp_path, teacher=teacher, batch_size=3)
+
+    first, second = together(work)
+    assert isinstance(first, ranks.Ended)
+    assert isinstance(second, _Killed)
+    assert sorted(_files(tmp_path)) == ["00000.npy", "00001.npy", "00002.npy", "begun.json"]
+
+
+def test_two_processes_refuse_as_one(tmp_path):
+    _write(tmp_path)
+    before = _files(tmp_path)
+    first, second = together(lambda: _write(tmp_path, temperature=1.0))
+    assert re.search(r"holds a teacher's cache with temperature 2\.0, wanted is 1\.0; ", str(first))
+    assert isinstance(second, ranks.Ended)
+    assert _files(tmp_path) == before
+
+
+# --- a folder that several runs share ---
+
+
+def test_a_whole_cache_is_left_as_it_is(tmp_path):
+    folder = tmp_path / "shared" / "cache"  # made
+    _write(folder)
+    before = _files(folder)
+    teacher = _teacher()
+    _kill_after(teacher, 0)
+    _write(folder, teacher=teacher)
+    _write(folder, teacher=teacher, batch_size=1, shard_bytes=1)  # which change no row
+    _write(folder, _rows(6), teacher)  # a student that sees fewer rows
+    _write(folder, teacher=teacher, num_rows=4)
+    assert _files(folder) == before
+    # what it reads are the rows of the many
+    many, few = (CachedRows(_rows(number), open_cache(folder)) for number in (10, 6))
+    assert len(few) == 6
+    assert torch.equal(many[5]["teacher_ids"], few[5]["teacher_ids"])
+
+
+OTHERS = [
+    ({"temperature": 1.0}, "temperature 2.0, wanted is 1.0"),
+    ({"seed": 4}, "seed 3, wanted is 4"),
+    ({"teacher_hash": "u" * 16}, f"teacher {'t' * 16}, wanted is {'u' * 16}"),
+    ({"tokenizer_hash": "l", "teacher_hash": "u"}, f"tokenizer {'k' * 16}, wanted is l"),
+    ({"kind": "sampled"}, "kind topk, wanted is sampled"),
+    ({"count": 4}, "count 5, wanted is 4"),
+    ({"rows": _rows(12)}, "rows 10, wanted is 12"),
+    ({"rows": _rows(length=7)}, "length 10, wanted is 7"),
+    ({"rows": _rows(data=1)}, "rows_hash [0-9a-f]{16}, wanted is [0-9a-f]{16}"),
+    ({"teacher": Live(_teacher().model, precision="bf16")}, "precision 32, wanted is bf16"),
+    ({"teacher": _teacher(vocab=22)}, f"vocabulary {VOCAB}, wanted is 22"),
+]
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["whole", "begun"])
+@pytest.mark.parametrize(("changes", "message"), OTHERS, ids=[message.split(",")[0] for _, message in OTHERS])
+def test_a_cache_of_other_settings_is_refused_and_stays(tmp_path, changes, message, begun):
+    teacher = _teacher()
+    if begun:
+        _kill_after(teacher, 2)
+        with pytest.raises(_Killed):
+            _write(tmp_path, teacher=teacher)
+    else:
+        _write(tmp_path, teacher=teacher)
+    before = _files(tmp_path)
+    expected = (
+        rf"^{tmp_path}: holds a teacher's cache with {message}; choose another folder, or delete that cache$"
+    )
+    _refused(expected, _write, tmp_path, **changes)
+    assert _files(tmp_path) == before
+
+
+def test_a_begun_cache_of_more_rows_is_not_ended_for_fewer(tmp_path):
     teacher = _teacher()
     _kill_after(teacher, 2)
     with pytest.raises(_Killed):
-        _write(tmp_path / "cache", teacher=teacher, kind="sampled")
-    assert len(_shards(tmp_path / "cache")) == 2
-    _write(tmp_path / "cache", kind="sampled", **changes)
-    _write(tmp_path / "fresh", kind="sampled", **changes)
-    rows = changes.get("rows") or _rows()
-    found, expected = (CachedRows(rows, open_cache(tmp_path / name)) for name in ("cache", "fresh"))
-    batches = [part.__getitems__(range(10)) for part in (found, expected)]
-    assert torch.equal(*(batch["teacher_ids"] for batch in batches))
+        _write(tmp_path, teacher=teacher)
+    _refused("with rows 10, wanted is 6; ", _write, tmp_path, _rows(6))
 
 
-def test_processes_share_the_shards(tmp_path):
-    _write(tmp_path / "cache", rank=1, world=2, batch_size=3)
-    assert list(_shards(tmp_path / "cache")) == ["00001.npy", "00003.npy"]
-    assert not (tmp_path / "cache" / "manifest.json").exists()
-    _write(tmp_path / "cache", rank=0, world=2, batch_size=3)
-    _write(tmp_path / "alone", batch_size=3)
-    assert _shards(tmp_path / "cache") == _shards(tmp_path / "alone")
-    manifests = [(tmp_path / name / "manifest.json").read_text() for name in ("cache", "alone")]
-    assert manifests[0] == manifests[1]
+def test_a_folder_of_something_else_is_refused_and_stays(tmp_path):
+    (tmp_path / "photographs").mkdir()
+    message = rf"^{tmp_path}: holds 'photographs' and no teacher's cache; choose another folder$"
+    _refused(message, _write, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["photographs"]
+    (tmp_path / "manifest.json").write_text('{"tokenizer": "abc", "num_codes": 256, "tasks": {}}')
+    message = rf"^{tmp_path}/manifest\.json: not the manifest of a teacher's cache \(KeyError\('kind'\)\)$"
+    _refused(message, _write, tmp_path)
+    _refused(r"manifest\.json: not a folder$", _write, tmp_path / "manifest.json")
+
+
+def test_what_a_stage_and_the_system_leave_in_a_folder_is_no_hindrance(tmp_path):
+    for name in ("stage.json", ".DS_Store", ".begun.json.partial"):
+        (tmp_path / name).touch()
+    _write(tmp_path)
+    assert len(open_cache(tmp_path).grid) == 10
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path):
+    many = 10**12
+    wanted = many * Record("topk", 5, VOCAB).row_bytes(10) + caching.MAX_SHARDS * 128
+    message = rf"^{tmp_path}: the teacher's cache takes {wanted:,} bytes, the disk has [0-9,]+ free; "
+    _refused(message, _write, tmp_path, _rows(many))
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- who reads ---
@@ -424,12 +506,6 @@ def test_worker_processes_change_nothing(tmp_path):
 # --- what is refused ---
 
 
-def _refused(message, call, *arguments, **settings):
-    with pytest.raises(UserError, match=message) as error:
-        call(*arguments, **settings)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -467,13 +543,50 @@ def test_the_same_tokens_under_other_boundaries_are_refused(tmp_path):
     _refused("written for rows of hash", CachedRows, rows, open_cache(tmp_path))
 
 
+class _Numbered:
+    """Rows whose tokens are their number, but for one of them."""
+
+    def __init__(self, other=-1):
+        self.other = other
+
+    def __getitems__(self, numbers):
+        return {"tokens": torch.tensor([[-1 if number == self.other else number] for number in numbers])}
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "seen"), [(701, range(0, 701, 100)), (5_120_000, [0, 5_119_999]), (8, range(8)), (1, [0])]
+)
+def test_rows_are_compared_from_the_first_to_the_last(num_rows, seen):
+    expected = caching.rows_hash(_Numbered(), num_rows)
+    assert all(caching.rows_hash(_Numbered(number), num_rows) != expected for number in seen)
+    assert caching.rows_hash(_Numbered(num_rows), num_rows) == expected  # beyond the last
+
+
 def test_a_row_with_other_tokens_is_refused_when_it_is_read(tmp_path):
     rows = _rows()
     _write(tmp_path, rows)
     cache = open_cache(tmp_path)
     right, wrong = (row_hashes(rows.__getitems__(numbers)) for numbers in ([2, 8], [2, 9]))
     assert cache.read([2, 8], right)["teacher_ids"].shape == (2, 9, 5)
-    _refused("row 8 of the cache was written for other tokens$", cache.read, [2, 8], wrong)
+    message = rf"^{tmp_path}/00002\.npy: row 8 of the cache was written for other tokens$"
+    _refused(message, cache.read, [2, 8], wrong)
+
+
+@pytest.mark.parametrize("kind", ["topk", "sampled"])
+@pytest.mark.parametrize("place", [0, 4, 12, -1], ids=["checksum", "hash", "first record", "last record"])
+def test_a_damaged_row_is_refused_when_it_is_read(tmp_path, kind, place):
+    rows = _rows()
+    _write(tmp_path, rows, kind=kind)
+    shard = np.load(tmp_path / "00001.npy", mmap_mode="r+")
+    shard[2, 0, 0, place] ^= 1
+    shard.flush()
+    cached = CachedRows(rows, open_cache(tmp_path))
+    message = (
+        rf"^{tmp_path}/00001\.npy: row 5 of the cache is damaged, its content is not what was written"
+        r" \(another crc32\)$"
+    )
+    _refused(message, cached.__getitems__, [9, 5, 0])
+    assert cached.__getitems__([0, 4, 6, 9])["teacher_ids"].shape == (4, 9, 5)  # the others are as they were
 
 
 def test_more_codes_or_rows_than_there_are_are_refused(tmp_path):
@@ -487,7 +600,8 @@ def test_more_codes_or_rows_than_there_are_are_refused(tmp_path):
     "damage",
     [
         "", "[]", "{}", {"kind": "all"}, {"count": 0}, {"rows": 0}, {"length": "x"}, {"shard": 0},
-        {"folder": None}, {"temperature": None}, {"temperature": 0}, {"vocabulary": None},
+        {"temperature": None}, {"temperature": 0}, {"vocabulary": None}, {"bytes_per_row": 63},
+        {"teacher": None}, {"tokenizer": 1}, {"rows_hash": None},
     ],
     ids=str,
 )  # fmt: skip
@@ -497,19 +611,19 @@ def test_a_damaged_manifest_is_refused(tmp_path, damage):
     if isinstance(damage, dict):
         damage = json.dumps(json.loads(path.read_text()) | damage)
     path.write_text(damage)
-    _refused(r"manifest\.json: unreadable manifest", open_cache, tmp_path)
+    _refused(r"manifest\.json: not the manifest of a teacher's cache \(", open_cache, tmp_path)
 
 
 def test_damaged_shards_are_refused(tmp_path):
     _write(tmp_path)
-    file = next(tmp_path.glob("*/00001.npy"))
+    file = tmp_path / "00001.npy"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    _refused(r"00001\.npy: unreadable shard of a cache", open_cache, tmp_path)
+    _refused(r"00001\.npy: unreadable array", open_cache, tmp_path)
     np.save(file, np.zeros((2, 1, 1, 5), np.uint8))
     _refused(r"00001\.npy: uint8 \[2, 1, 1, 5\], the manifest says uint8 \[3, 1, 1, ", open_cache, tmp_path)
     file.unlink()
-    _refused(r"00001\.npy: unreadable shard", open_cache, tmp_path)
+    _refused(r"00001\.npy: unreadable array", open_cache, tmp_path)
     file.write_bytes(whole)
     assert len(open_cache(tmp_path).grid) == 10
 

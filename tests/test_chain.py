@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from delvm import chain, fit, llama, plan, recipe
+from delvm import fit, llama, plan, recipe
+from delvm.distill.on_policy import on_policy_step
 from delvm.evaluate import likelihood
+from delvm.given import ROLES, Given
 from delvm.images import augment
 from delvm.images.listing import Entries
 from delvm.images.sources import held_out
+from delvm.material import open_samples
 from delvm.tokenizer import Tokenizer
 from delvm.tokens import formats, sentences
 from delvm.tokens.store import open_store
@@ -48,10 +51,12 @@ def copy(finished, tmp_path):
 
 
 def opened(finished):
-    """The finished run, its data opened."""
-    work = chain.Run(recipe.load(finished / "micro.yaml", [f"run_dir={finished / 'run'}"]))
-    work.open_data(json.loads((work.dir / "data" / "manifest.json").read_text()), work.dir / "data")
-    return work
+    """What the finished run was trained on."""
+    return _opened(finished / "micro.yaml", finished / "run")
+
+
+def _opened(recipe_file, run):
+    return open_samples(Given(recipe.load(recipe_file, [f"run_dir={run}"])), run / "data", run)
 
 
 def again(copy, *overrides, capsys):
@@ -69,7 +74,7 @@ def again(copy, *overrides, capsys):
 def test_the_run_folder_holds_every_artifact(run):
     names = {path.name for path in run.iterdir()}
     assert names == {*STAGES, "recipe.yaml", "metrics.json", "report.html", "tensorboard"}
-    for role in chain.ROLES:
+    for role in ROLES:
         held = {path.name for path in (run / role).iterdir()}
         assert {"config.json", "model.safetensors", "curve.json", "stage.json"} <= held
         assert "last.ckpt" not in held  # a finished stage needs none
@@ -97,11 +102,11 @@ def test_balance(metrics, run):
 
 
 def test_the_grids_are_the_codes_of_the_views(finished, run):
-    work = opened(finished)
+    material = opened(finished)
     tokenizer, store = Tokenizer.load(run / "tokenizer"), open_store(run / "tokens")
     assert store.manifest["tokenizer"] == tokenizer.hash
     for split in ("train", "validation"):
-        for task, views in work.views(split).items():
+        for task, views in material.views(split).items():
             grid = store.grids[split][task]
             assert grid.shape == (len(views.samples), views.num_views, 2, 16)
             picture = views[len(views) - 1].permute(0, 3, 1, 2).float() / 255
@@ -113,7 +118,7 @@ def test_scores_are_those_of_the_saved_models_on_held_out_sentences(metrics, run
     store, forms = open_store(run / "tokens"), opened(finished).plan.forms
     held = sentences.validation_sentences(store, forms, sentences.SentencesConfig(validation=5), 0)
     roles = {task: form.roles for task, form in forms.items()}
-    for role in chain.ROLES:
+    for role in ROLES:
         model = AutoModelForCausalLM.from_pretrained(run / role)
         expected = likelihood.evaluate(model, held, roles)
         assert list(expected) == TASKS
@@ -123,7 +128,7 @@ def test_scores_are_those_of_the_saved_models_on_held_out_sentences(metrics, run
 
 
 def test_scratch_and_student_differ_in_the_teacher_alone(run):
-    curves = {role: json.loads((run / role / "curve.json").read_text()) for role in chain.ROLES}
+    curves = {role: json.loads((run / role / "curve.json").read_text()) for role in ROLES}
     assert [point["step"] for point in curves["student"]] == [2, 4, 6]
     assert [point["step"] for point in curves["teacher"]] == [2, 4, 6, 8]
     assert set(curves["student"][0]) == {"step", "loss", "ce", "kd"}
@@ -329,14 +334,13 @@ def mixed(tmp_path_factory):
 
 def test_tasks_of_every_kind_go_through_one_run(mixed):
     run = mixed / "run"
-    work = chain.Run(recipe.load(mixed / "mixed.yaml", [f"run_dir={run}"]))
-    work.open_data(json.loads((run / "data" / "manifest.json").read_text()), run / "data")
+    found = _opened(mixed / "mixed.yaml", run).plan
     # 16 tokens a picture, BOS and EOS; 3 frames with a mask each; 2 samples of 3 pictures
-    assert {task: (form.kind, form.length) for task, form in work.plan.forms.items()} == {
+    assert {task: (form.kind, form.length) for task, form in found.forms.items()} == {
         "colour": ("pairs", 66), "classes": ("category", 66), "clips": ("interleaved", 98),
         "kinds": ("annotations", 98),
     }  # fmt: skip
-    assert work.plan.length == 80
+    assert found.length == 80
     metrics = json.loads((run / "metrics.json").read_text())
     scores = metrics["evaluate"]["teacher"]
     assert "annotation_loss" not in scores["classes"]
@@ -501,24 +505,33 @@ def test_two_processes_make_one_run(micro, capfd):
     assert {path.name for path in run_dir.iterdir()} == {
         *STAGES, "recipe.yaml", "metrics.json", "report.html", "tensorboard"
     }  # fmt: skip
-    work = chain.Run(recipe.load(micro, [f"run_dir={run_dir}"]))
-    work.open_data(json.loads((run_dir / "data" / "manifest.json").read_text()), run_dir / "data")
     tokenizer, store = Tokenizer.load(run_dir / "tokenizer"), open_store(run_dir / "tokens")
-    for task, views in work.views("train").items():
+    for task, views in _opened(micro, run_dir).views("train").items():
         picture = views[len(views) - 1].permute(0, 3, 1, 2).float() / 255
         grid = store.grids["train"][task]
         last = grid.gather(np.array(grid.shape[0] - 1), np.array(grid.shape[1] - 1))
         np.testing.assert_array_equal(last, tokenizer.encode(picture).numpy())
     # one process takes the run over; what it trains anew comes out the same
-    curves = {role: json.loads((run_dir / role / "curve.json").read_text()) for role in chain.ROLES}
-    for role in chain.ROLES:
+    curves = {role: json.loads((run_dir / role / "curve.json").read_text()) for role in ROLES}
+    for role in ROLES:
         shutil.rmtree(run_dir / role)
     assert fit.run(micro, [f"run_dir={run_dir}"]) == 0
     said = capfd.readouterr().out
     assert [name for name in STAGES if f"{name}: done in" in said] == ["teacher", "scratch", "student"]
-    for role in chain.ROLES:
+    _same_curves(run_dir, curves)
+    # two that share the teacher's layers: the same stage, the same student
+    shutil.rmtree(run_dir / "student")
+    overrides = [f"run_dir={run_dir}", "student.teacher_sharded=true"]
+    assert launched(lambda: fit.run(micro, overrides)) == [0, 0]
+    said = capfd.readouterr().out
+    assert [name for name in STAGES if f"{name}: done in" in said] == ["student"]
+    _same_curves(run_dir, curves)
+
+
+def _same_curves(run_dir, curves):
+    for role, curve in curves.items():
         again = json.loads((run_dir / role / "curve.json").read_text())
-        for one, two in zip(again, curves[role], strict=True):
+        for one, two in zip(again, curve, strict=True):
             assert one == {key: pytest.approx(value, rel=1e-5) for key, value in two.items()}
 
 
@@ -576,6 +589,28 @@ def test_students_learn_from_a_cache(copy, capsys):
     assert all(point["kd"] > 0 for point in json.loads((copy[1] / "student" / "curve.json").read_text()))
     scores = json.loads((copy[1] / "metrics.json").read_text())["evaluate"]
     assert list(scores) == ["teacher", "student"]
+
+
+def test_runs_share_a_cache(copy, tmp_path, capsys):
+    given = [f"{stage}.folder={copy[1] / stage}" for stage in ("tokenizer", "teacher")]
+    said = f"cache={{kind: sampled, count: 5, folder: {tmp_path / 'said'}}}"
+    curves = []
+    for name, own in (("one", []), ("two", []), ("smaller", ["student.size=tiny"])):
+        run_dir = tmp_path / name
+        assert fit.run(copy[0], [*given, said, *own, "scratch=null", f"run_dir={run_dir}"]) == 0
+        assert {path.name for path in (run_dir / "cache").iterdir()} == {"stage.json"}
+        found = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "said").iterdir()}
+        if name == "one":
+            written = found
+        assert found == written
+        curves.append(json.loads((run_dir / "student" / "curve.json").read_text()))
+    assert set(written) == {"manifest.json", "00000.npy"}
+    assert curves[0] == curves[1] != curves[2]
+    # another order of the sentences
+    overrides = [*given, said, "seed=1", f"run_dir={tmp_path / 'other'}"]
+    capsys.readouterr()
+    assert fit.run(copy[0], overrides) == 2
+    assert "said: holds a teacher's cache with seed 0, wanted is 1; choose" in capsys.readouterr().err
 
 
 def test_a_teacher_of_another_run(copy, finished, tmp_path, capsys):
@@ -640,7 +675,10 @@ def test_a_student_learns_from_its_own_pictures(copy, capsys):
     own = ["student.on_policy={share: 0.5, confidence: 0.01}", "scratch=null"]
     assert again(copy, *own, capsys=capsys) == ["student", "evaluate", "export"]
     after = json.loads((copy[1] / "student" / "curve.json").read_text())
-    assert all(one["kd"] != two["kd"] for one, two in zip(before, after, strict=True))
+    first = next(step for step in range(6) if on_policy_step(step, 0.5))  # its loss is one of step first + 1
+    for one, two in zip(before, after, strict=True):
+        assert (one["kd"] == two["kd"]) == (one["step"] <= first)
+    assert before[-1]["step"] > first
     assert all(0 < point["kd"] < math.inf for point in after)
 
 

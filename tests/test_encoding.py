@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from delvm.errors import UserError
 from delvm.images.scenes import Scenes
 from delvm.images.sources import SPLITS, Views
 from delvm.images.tasks import TaskConfig
@@ -73,11 +74,16 @@ def test_workers_and_ranks_write_what_one_process_writes(tmp_path, tokenizer):
         tmp_path / "workers", tokenizer, TASKS, data_of(TASKS), views_of(TASKS), seed=0, num_workers=2
     )
     assert files(tmp_path / "workers") == files(tmp_path / "one")
-    for rank in (1, 0):
-        assert not (tmp_path / "ranks" / "manifest.json").exists()
+
+    def write_part(rank):
         write_store(
             tmp_path / "ranks", tokenizer, TASKS, data_of(TASKS), views_of(TASKS), seed=0, rank=rank, world=2
         )
+
+    with pytest.raises(UserError, match=r"pose\.train: 2 of 3 shards are missing, the first 00000"):
+        write_part(1)  # of two that are no run together
+    assert not (tmp_path / "ranks" / "manifest.json").exists()
+    write_part(0)
     assert files(tmp_path / "ranks") == files(tmp_path / "one")
 
 

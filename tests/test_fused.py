@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -560,7 +561,11 @@ def _assert_wrapped_is_the_same(toys, wrap):
 
 
 def test_in_a_compiled_model(toys):
-    _assert_wrapped_is_the_same(toys, lambda model: torch.compile(model, backend="aot_eager"))
+    counter = CompileCounterWithBackend("aot_eager")
+    _assert_wrapped_is_the_same(toys, lambda model: torch.compile(model, backend=counter))
+    (compiled,) = counter.graphs  # for both; what comes before the loss, which is not traced
+    operations = [node.target for node in compiled.graph.nodes if node.op == "call_function"]
+    assert operations == [torch.nn.functional.embedding, torch._C._nn.linear, torch.tanh]
 
 
 def _replicated(model):

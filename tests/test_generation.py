@@ -94,6 +94,17 @@ def test_sampling_follows_the_models_probabilities(model, prompts):
     assert (shares - expected).abs().max() < 0.03  # four standard errors
 
 
+def test_a_compiled_model_generates_uncompiled(model, prompts):
+    def compile(graph, inputs):
+        raise AssertionError("it compiles")
+
+    expected = complete(model, prompts, 4, NUM_CODES)
+    model.model.compile(backend=compile)
+    assert torch.equal(complete(model, prompts, 4, NUM_CODES), expected)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="it compiles"):
+        model(prompts)
+
+
 def test_the_mode_is_left_as_it_was(model, prompts):
     model.train()
     complete(model, prompts, 2, NUM_CODES)

@@ -28,6 +28,7 @@ ORDER = [
     "images.listing",
     "images.sources",
     "monitor",
+    "callbacks",
     "training",
     "tokenizer.vqgan",
     "tokenizer.training",
@@ -40,11 +41,13 @@ ORDER = [
     "tokens.rows",
     "tokens.online",
     "llama",
-    "memory",
     "generation",
     "distill.divergences",
+    "distill.comparisons",
     "distill.fused",
+    "memory",
     "distill.teacher",
+    "distill.records",
     "distill.cache",
     "distill.agreement",
     "pretrain",
@@ -52,16 +55,20 @@ ORDER = [
     "distill.module",
     "evaluate.likelihood",
     "evaluate.prompting",
+    "evaluate.held_out",
     "evaluate.report",
     "export",
     "recipe",
     "plan",
+    "given",
+    "material",
+    "teach",
     "chain",
     "summary",
     "fit",
 ]
-PURE = ["tokens.balance", "distill.divergences", "images.augment", "images.annotate"]
-MAY_IMPORT_RECIPE = ["plan", "chain", "summary", "fit"]
+PURE = ["tokens.balance", "distill.divergences", "distill.records", "images.augment", "images.annotate"]
+MAY_IMPORT_RECIPE = ["plan", "given", "material", "teach", "chain", "summary", "fit"]
 
 FILES = {
     ".".join(path.relative_to(ROOT / "delvm").with_suffix("").parts): path

@@ -110,6 +110,13 @@ def test_the_peak_of_resident_memory():
     assert monitor.peak_memory(torch.device("cpu")) == pytest.approx(int(said.split()[0]) / 2**20, rel=0.01)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_the_peak_on_a_card_is_that_of_the_training(tmp_path):
+    torch.empty(1 << 28, device="cuda")  # before it began
+    found = _train(tmp_path, Model(), accelerator="gpu")
+    assert 0 < found["memory/peak_gib"][5] < 0.1
+
+
 def test_diagnoses_have_a_stride_of_their_own(tmp_path):
     found = _train(tmp_path, Diagnosed(), diagnose_every=4)
     assert found["diagnose/step"] == {8: 8.0, 12: 12.0}

@@ -314,6 +314,14 @@ def test_labels_that_are_all_ignored_give_0_with_a_graph():
     assert all(p.grad is None or not p.grad.any() for p in module.parameters())
 
 
+def test_a_loss_is_divided_by_the_count_of_the_step():
+    module, tokens = _module(), _tokens(2)
+    alone = module.training_step({"tokens": tokens})
+    shared = module.training_step({"tokens": tokens, "num_targets": torch.tensor(6.5)})
+    for key, value in alone.items():
+        assert shared[key].item() == pytest.approx(value.item() * 2 * (LENGTH - 1) / 6.5, rel=1e-6)
+
+
 def test_code_0_weighs_as_any_other_in_the_formula():
     module, tokens = _module(), torch.zeros(1, LENGTH, dtype=torch.int64)
     with torch.no_grad():
@@ -344,8 +352,15 @@ def test_forward_flops_are_two_a_weight_and_those_of_attention():
     model = llama.build("micro", 258, 512, seed=0)  # 32 wide, 96 inside, 2 layers
     weights = 2 * (4 * 32 * 32 + 3 * 32 * 96 + 2 * 32) + 258 * 32
     attention = 4 * 2 * 32 * 512  # scores and sums over all positions: two multiply-adds each
-    assert forward_flops(model) == 2 * weights + attention
-    assert _module().flops_per_token == 3 * forward_flops(_module().model)
+    assert forward_flops(model, 512) == 2 * weights + attention
+    assert forward_flops(model, 128) == 2 * weights + attention / 4
+
+
+def test_a_step_takes_the_flops_of_its_rows():
+    module = _module()
+    assert module.flops_per_token == 3 * forward_flops(module.model, LENGTH)  # before the first
+    module.training_step({"tokens": _tokens(2)[:, :9]})
+    assert module.flops_per_token == 3 * forward_flops(module.model, 9)
 
 
 def test_clipping_keeps_the_norm_from_before():

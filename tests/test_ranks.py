@@ -111,6 +111,34 @@ def test_of_a_failure_of_all_the_first_process_speaks():
     assert str(results[0]) == "0 failed"
 
 
+def test_srun_without_a_launcher_is_refused(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    said = (
+        r"^SLURM_STEP_NUM_TASKS: srun has started 8 processes .*; let it start one torchrun on each machine "
+    )
+    with pytest.raises(UserError, match=said), ranks.joined():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with ranks.joined():
+        assert ranks.world() == 1
+
+
+@pytest.mark.parametrize("job", [{"NTASKS": 8, "PROCID": 0}, {"NTASKS": 8, "PROCID": 0, "STEP_NUM_TASKS": 1}])
+def test_one_process_of_a_job_for_several_is_a_run_of_its_own(monkeypatch, job):
+    # a batch script's, and a shell's within salloc
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    with ranks.joined():
+        assert ranks.world() == 1
+
+
+def test_torchrun_under_srun(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # one on each machine
+    assert together(ranks.rank) == [0, 1]
+
+
 def test_a_launcher_that_says_too_little(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import signal
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_roundtrip(tmp_path, num_codes, shard_bytes):
 @pytest.mark.parametrize("num_codes", [65_536, 65_537])
 def test_the_largest_code_comes_back(tmp_path, num_codes):
     layout = _layout(tmp_path, (1, 1, 1, 2), num_codes=num_codes)
-    layout.write(0, np.array([[[[0, num_codes - 1]]]]))
+    layout.write_all([0], [np.array([[[0, num_codes - 1]]])])
     assert np.load(layout.path(0)).tolist() == [[[[0, num_codes - 1]]]]
 
 
@@ -253,7 +254,7 @@ def _run(*calls):
 def _on_a_full_disk(folder, codes, size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     with pytest.raises(OSError, match="File too large"):
-        _layout(folder).write(0, codes[:2])
+        _layout(folder).write_all([0], _rows(codes[:2]))
 
 
 @pytest.mark.parametrize("size", [10, 140, 223])  # in the header, in the data, at the last byte of 224
@@ -264,7 +265,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path, size):
 
 def test_a_shard_has_the_bytes_of_np_save(tmp_path):
     codes = _codes((2, 3, 2, 4))
-    _layout(tmp_path).write(0, codes)
+    _layout(tmp_path).write_all([0], _rows(codes))
     np.save(tmp_path / "expected.npy", codes.astype(np.uint16))
     assert (tmp_path / "00000.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
 
@@ -300,10 +301,84 @@ def test_rows_that_do_not_fill_the_shape_are_our_mistake(tmp_path, count):
         layout.write_all(layout.missing(), iter(np.zeros((count, 1, 2, 4), np.int64)))
 
 
-def test_a_shard_of_another_shape_is_our_mistake(tmp_path):
+def test_blocks_of_another_shape_are_our_mistake(tmp_path):
     with pytest.raises(AssertionError):
-        _layout(tmp_path).write(2, np.zeros((2, 3, 2, 4), np.int64))  # the last shard has one sample
+        _layout(tmp_path).write_all([2], [np.zeros((3, 2, 5), np.int64)])  # pictures have 4 tokens
     assert list(tmp_path.iterdir()) == []
+
+
+@given(st.integers(1, 7), st.integers(1, 3), st.integers(1, 8), st.lists(st.integers(0, 21), max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_shards_do_not_depend_on_how_rows_come_in_blocks(tmp_path_factory, samples, views, shard, cuts):
+    codes = _codes((samples, views, 2, 3))
+    blocks = np.split(codes.reshape(-1, 2, 3), sorted(cuts))  # some of them empty
+    layout = Layout(tmp_path_factory.mktemp("blocks"), codes.shape, np.dtype(np.uint16), shard)
+    numbers = layout.missing()
+    layout.write_all(numbers, iter(blocks))
+    assert [len(np.load(layout.path(number))) for number in numbers] == list(
+        map(len, map(layout.samples, numbers))
+    )
+    np.testing.assert_array_equal(_whole(layout.open()), codes)
+    assert layout.num_bytes == sum(file.stat().st_size for file in layout.folder.iterdir())
+
+
+def test_bytes_of_shards_are_known_before():
+    # 10 shards whose headers have 128 bytes, and codes of 4 bytes
+    layout = Layout.plan(Path("nowhere"), (10, 1, 2, 256), code_dtype(65_537), shard_bytes=1)
+    assert layout.num_bytes == 10 * (128 + 2 * 256 * 4)
+
+
+def test_no_shard_is_held_in_memory(tmp_path):
+    codes = np.arange(1 << 15).reshape(1, 8, -1)  # blocks of 64 KB on disk, 256 KB in memory
+    layout = Layout(tmp_path, (200, 1, 8, 1 << 12), np.dtype(np.uint16), 100)
+    tracemalloc.start()
+    try:
+        layout.write_all([0, 1], (codes + number for number in range(200)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert layout.path(1).stat().st_size > 6 << 20
+    assert peak < 2 << 20
+    np.testing.assert_array_equal(np.load(layout.path(1))[99, 0], (codes[0] + 199).astype(np.uint16))
+
+
+def test_a_shard_has_its_name_once_its_last_row_is_there(tmp_path):
+    codes = _codes(SHAPES["pose"]["train"]).reshape(-1, 1, 2, 4)  # 6 rows a shard
+    layout, seen = _layout(tmp_path), []
+
+    def rows():
+        for row in codes:
+            seen.append(sorted(file.name for file in tmp_path.glob("0*.npy")))
+            yield row
+
+    layout.write_all(layout.missing(), rows())
+    names = ["00000.npy", "00001.npy"]
+    assert seen == [[]] * 6 + [names[:1]] * 6 + [names] * 3
+
+
+def test_what_a_killed_process_left_goes_when_its_shard_is_written(tmp_path):
+    codes = _codes(SHAPES["pose"]["train"])
+    assert _run((_killed, tmp_path, codes)) == [-signal.SIGKILL]
+    assert [file.name[:7] for file in tmp_path.glob("*.partial")] == [".00001."]
+    layout = _layout(tmp_path)
+    layout.write_all([2], _rows(codes[4:]))
+    assert len(list(tmp_path.glob("*.partial"))) == 1
+    layout.write_all([1], _rows(codes[2:4]))
+    assert sorted(_files(tmp_path)) == ["00000.npy", "00001.npy", "00002.npy"]
+    np.testing.assert_array_equal(_whole(layout.open()), codes)
+
+
+def test_two_runs_at_once_end_in_one_line_and_a_whole_shard(tmp_path):
+    codes = _codes(SHAPES["pose"]["train"])
+
+    def rows():
+        yield from _rows(codes[:1])
+        assert _run((_write_part, tmp_path, codes, 0, 1)) == [0]
+        yield from _rows(codes[1:])
+
+    with pytest.raises(UserError, match=rf"^{tmp_path}/00000\.npy: another run writes it at the same time$"):
+        _layout(tmp_path).write_all([0, 1, 2], rows())
+    np.testing.assert_array_equal(_whole(_layout(tmp_path).open()), codes)
 
 
 # --- what can be wrong with a store
@@ -354,7 +429,7 @@ def test_a_manifest_of_impossible_grids(tmp_path, entry):
 def test_a_missing_shard(tmp_path):
     _write(tmp_path)
     (tmp_path / "pose.train" / "00001.npy").unlink()
-    _refused(tmp_path, rf"^{tmp_path}/pose\.train/00001\.npy: unreadable token grid \(.*No such file")
+    _refused(tmp_path, rf"^{tmp_path}/pose\.train/00001\.npy: unreadable array \(.*No such file")
 
 
 # 200: in the data; 100: in the header; 3: in the magic string
@@ -363,7 +438,7 @@ def test_a_shard_cut_short(tmp_path, size):
     _write(tmp_path)
     path = tmp_path / "pose.train" / "00001.npy"
     path.write_bytes(path.read_bytes()[:size])
-    _refused(tmp_path, rf"^{path}: unreadable token grid \(")
+    _refused(tmp_path, rf"^{path}: unreadable array \(")
 
 
 @given(place=st.integers(0, 127), byte=st.integers(0, 255))
@@ -410,12 +485,12 @@ def test_a_file_of_another_kind(tmp_path):
             return Path.touch, (tmp_path / "sprung",)
 
     np.save(path, np.array([Trap()], object), allow_pickle=True)  # would run code when read
-    _refused(tmp_path, rf"^{path}: unreadable token grid \(")
+    _refused(tmp_path, rf"^{path}: unreadable array \(")
     path.write_bytes(pickle.dumps(Trap()))
-    _refused(tmp_path, rf"^{path}: unreadable token grid \(")
+    _refused(tmp_path, rf"^{path}: unreadable array \(")
     with path.open("wb") as file:
         np.savez(file, np.zeros(3))
-    _refused(tmp_path, rf"^{path}: unreadable token grid \(")
+    _refused(tmp_path, rf"^{path}: unreadable array \(")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -427,7 +502,7 @@ def test_damaged_classes(tmp_path):
     np.save(path, np.zeros(5))
     _refused(tmp_path, rf"^{path}: float64 \[5\]")
     path.write_bytes(b"")
-    _refused(tmp_path, rf"^{path}: unreadable token grid")
+    _refused(tmp_path, rf"^{path}: unreadable array")
 
 
 # --- checksums
@@ -481,7 +556,7 @@ def test_the_first_damaged_shard_is_named(tmp_path):
         with pytest.raises(UserError, match=rf"^{path}: damaged, "):
             verify(tmp_path)
     files[0].unlink()
-    message = rf"^{files[0]}: unreadable token grid \(No such file or directory\)$"
+    message = rf"^{files[0]}: unreadable array \(No such file or directory\)$"
     with pytest.raises(UserError, match=message):
         verify(tmp_path)
 

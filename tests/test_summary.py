@@ -5,6 +5,7 @@ import re
 
 from delvm import chain, fit, llama, recipe, summary
 from delvm.evaluate.report import render
+from delvm.material import open_samples
 
 
 def test_a_dry_run_says_plan_and_sizes_and_writes_nothing(micro, capsys):
@@ -55,7 +56,7 @@ def test_the_page_of_a_given_teacher_has_no_curve_of_it(finished):
     run_dir = finished / "run"
     overrides = [f"run_dir={run_dir}", f"teacher.folder={run_dir / 'teacher'}"]
     work = chain.Run(recipe.load(finished / "micro.yaml", overrides))
-    work.open_data(json.loads((run_dir / "data" / "manifest.json").read_text()), run_dir / "data")
+    work.material = open_samples(work.given, run_dir / "data", run_dir)
     found = summary.report(work, json.loads((run_dir / "metrics.json").read_text()))
     assert list(found.curves) == ["scratch", "student"]
     parameters = llama.count_parameters(llama.load_config(run_dir / "teacher")) / 1e6
@@ -81,7 +82,7 @@ def test_the_numbers_of_a_run(finished):
 def test_the_page_shows_what_the_folder_holds(finished):
     run_dir = finished / "run"
     work = chain.Run(recipe.load(finished / "micro.yaml", [f"run_dir={run_dir}"]))
-    work.open_data(json.loads((run_dir / "data" / "manifest.json").read_text()), run_dir / "data")
+    work.material = open_samples(work.given, run_dir / "data", run_dir)
     metrics = json.loads((run_dir / "metrics.json").read_text())
     found = summary.report(work, metrics)
     assert found.title == "micro"

@@ -1,14 +1,16 @@
 import copy
-from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from delvm import llama
+from delvm import llama, ranks, training
 from delvm.distill.divergences import DIVERGENCES
-from delvm.distill.teacher import SERVED, Hidden, Live, cast, serves
+from delvm.distill.teacher import PRECISIONS, SERVED, Hidden, Live, cast, serves
 from delvm.errors import UserError
+from tests.processes import together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB, LENGTH = 12, 14
@@ -54,18 +56,30 @@ def test_the_last_token_is_not_read():
     assert torch.equal(one, two)
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """What is compiled: graphs are captured as for any backend, and then run as they are."""
+    counter = CompileCounter()
+    monkeypatch.setattr(training, "COMPILE_BACKEND", counter)
+    torch._dynamo.reset()
+    return counter
+
+
+SIZES = (6, 8)
+POSITIONS = torch.cat([torch.arange(size) for size in SIZES])[None]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
-def test_packed_sentences_are_read_as_they_are_alone(compiled, monkeypatch):
-    # graphs are captured as for any backend, and then run as they are
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    signal, tokens, sizes = Live(_model(), compile=compiled), _tokens(1), (6, 8)
-    positions = torch.cat([torch.arange(size) for size in sizes])[None]
-    packed = _logits(signal.targets({"tokens": tokens, "positions": positions}))
-    first, second = (_logits(Live(_model()).targets({"tokens": part})) for part in tokens.split(sizes, dim=1))
+def test_packed_sentences_are_read_as_they_are_alone(compiled, graphs):
+    signal, tokens = Live(_model(), compile=compiled), _tokens(1)
+    packed = _logits(signal.targets({"tokens": tokens, "positions": POSITIONS}))
+    first, second = (_logits(Live(_model()).targets({"tokens": part})) for part in tokens.split(SIZES, dim=1))
     torch.testing.assert_close(packed[:5], first)
     torch.testing.assert_close(packed[6:], second)  # between them stands what the first one's end predicts
     run_on = _logits(signal.targets({"tokens": tokens}))
+    torch.testing.assert_close(run_on, _logits(Live(_model()).targets({"tokens": tokens})))
     assert (packed[6:] - run_on[6:]).abs().max() > 0.1
+    assert graphs.frame_count == (2 if compiled else 0)  # with a mask and without one; both layers share them
 
 
 def test_the_teacher_is_frozen_and_hidden():
@@ -164,6 +178,62 @@ def test_a_tied_head_stays_tied():
     model = cast(_model(), torch.bfloat16)
     assert model.config.tie_word_embeddings
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# --- shared among processes ---
+
+
+def _parts(signal):
+    """(a layer's numbers that are here, all of them); whether what is around the layers is whole."""
+    layers = list(signal.model.model.layers.parameters())
+    here = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in layers]
+    around = [
+        signal.model.model.embed_tokens.weight,
+        signal.model.model.norm.weight,
+        signal.model.lm_head.weight,
+    ]
+    whole = not any(isinstance(weight, DTensor) for weight in around)
+    return sum(part.numel() for part in here), sum(weight.numel() for weight in layers), whole
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"compile": True}])
+def test_shared_among_processes_the_teacher_says_the_same(settings, graphs):
+    batches = [{"tokens": _tokens()}, {"tokens": _tokens(1), "positions": POSITIONS}]
+    precision = settings.get("precision", "32")
+    alone = Live(_model(), precision=precision)
+    expected = [alone.targets(batch) for batch in batches]
+
+    def work():
+        signal = Live(_model(), sharded=True, **settings)
+        assert signal.to(torch.device("cpu")).to(torch.device("cpu")) is signal  # shared once
+        found, parts = [], [_parts(signal)]
+        for batch in reversed(batches) if ranks.rank() else batches:  # each has rows of its own
+            target = signal.targets(batch)
+            assert (target.hidden.dtype, target.head.dtype) == 2 * (PRECISIONS[precision],)
+            found.append(_logits(target).tolist())
+        parts.append(_parts(signal))
+        frequencies = signal.model.model.rotary_emb.inv_freq
+        assert frequencies.dtype == torch.float32
+        return found, parts, frequencies.tolist(), graphs.frame_count
+
+    for rank, result in enumerate(together(work)):
+        found, parts, frequencies, num_graphs = result
+        for one, target in zip(found, reversed(expected) if rank else expected, strict=True):
+            torch.testing.assert_close(torch.tensor(one), _logits(target), rtol=0, atol=1e-6)
+        for here, everywhere, whole in parts:  # before the pass and after it
+            assert here == everywhere / 2
+            assert whole
+        assert frequencies == _model().model.rotary_emb.inv_freq.tolist()
+        assert num_graphs == (2 if "compile" in settings else 0)
+
+
+def test_one_process_has_all_of_a_shared_teacher():
+    signal = Live(_model(), sharded=True).to(torch.device("cpu"))
+    here, everywhere, whole = _parts(signal)
+    assert here == everywhere
+    assert whole
+    expected = Live(_model()).targets({"tokens": _tokens()}).hidden
+    assert torch.equal(signal.targets({"tokens": _tokens()}).hidden, expected)
 
 
 # --- what a signal serves ---

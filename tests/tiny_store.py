@@ -1,9 +1,12 @@
 """A token store in memory whose codes tell where they come from, for the tests of sentences and rows."""
 
 import itertools
+import os
+import signal
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from delvm.tokens.balance import TaskPlan
 from delvm.tokens.rows import TrainingSentences
@@ -18,6 +21,9 @@ TOKENS = 2  # of a picture
 PAIRS = (12, 2, 1, 2)
 SINGLE = (7, 1, 1, 1)
 FILM = (6, 1, 3, 2)
+# what models are trained on in seconds
+LEARNT = {"pairs": (12, 1, 1, 2), "single": (8, 1, 1, 1)}
+CODES = 10
 
 
 def code_of(task, sample, view, picture, token):
@@ -49,6 +55,45 @@ def tiny_store(shapes, classes=None):
 
 def tiny_forms(shapes, config):
     return find_forms(config, {t: (frames, frames * c) for t, (_, _, frames, c) in shapes.items()}, TOKENS)
+
+
+def random_rows(num_rows=12, tasks=tuple(LEARNT), **config):
+    """Rows of random codes, with tasks, roles and places; whole ones are BOS, four pictures, EOS."""
+    rng, shapes = np.random.default_rng(0), {task: LEARNT[task] for task in tasks}
+    grids = {
+        task: Grid([rng.integers(CODES, size=(samples, views, frames * channels, TOKENS)).astype(np.uint16)])
+        for task, (samples, views, frames, channels) in shapes.items()
+    }
+    store = TokenStore({"num_codes": CODES, "tokens_per_image": TOKENS}, {"train": grids}, {"train": {}})
+    settings = SentencesConfig(shots={"single": 4} if "single" in tasks else {}, **config)
+    return TrainingSentences(
+        store,
+        every_view(shapes),
+        tiny_forms(shapes, settings),
+        settings,
+        num_rows=num_rows,
+        seed=0,
+        details=True,
+    )
+
+
+class Repeated(Subset):
+    """The same rows again and again."""
+
+    collate = staticmethod(TrainingSentences.collate)
+
+
+class Stopped(Repeated):
+    """Rows as they are; reading row `at` asks the process to stop."""
+
+    def __init__(self, rows, at):
+        super().__init__(rows, range(len(rows)))
+        self.at = at
+
+    def __getitems__(self, indices):
+        if self.at in indices:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitems__(indices)
 
 
 def every_view(shapes):

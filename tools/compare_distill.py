@@ -25,23 +25,22 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from delvm import chain, llama
+from delvm import chain, llama, teach
 from delvm import recipe as recipes
 from delvm.console import console, table
-from delvm.distill.cache import CacheConfig, Cached, CachedRows, open_cache, weights_hash, write_cache
+from delvm.distill.cache import CacheConfig
 from delvm.distill.module import Distill, DistillConfig
 from delvm.distill.on_policy import OnPolicyConfig
-from delvm.distill.teacher import Hidden, Live
+from delvm.distill.teacher import Hidden, Live, Signal
 from delvm.errors import UserError
 from delvm.evaluate import likelihood
 from delvm.stages import write_atomic
-from delvm.tokenizer import Tokenizer
 from delvm.tokens import sentences
-from delvm.tokens.store import open_store
 from delvm.training import Interrupted, NotFinite, discard_checkpoint, train
 
 TUNING_SEED = 100  # never one of the table's
 WEIGHT, RATE = 4.0, 5e-3  # where --tune starts; WEIGHT goes in steps of 4, RATE of 2
+PLAIN = "forward_kl"
 DENSE = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "taid")
 ARMS: dict[str, dict[str, Any]] = {
     "scratch": {"kd_weight": 0.0},
@@ -79,34 +78,28 @@ class Seed:
         root = Path(recipes.load(recipe_file, overrides).run_dir)
         self.dir = root / f"seed{seed}" / "distill"
         own = [f"seed={seed}", f"run_dir={self.dir}", "scratch=null"]
-        self.run = chain.Run(recipes.load(recipe_file, [*overrides, *own]))
-        self.dir.mkdir(parents=True, exist_ok=True)
-        stages = {stage.name: stage for stage in self.run.stages()}
-        self.run.run(stages["data"])
-        self.run.open_data(json.loads((self.dir / "data" / "manifest.json").read_text()), self.dir / "data")
-        for name in ("tokenizer", "tokens", "teacher"):
-            self.run.run(stages[name])
-        write_atomic(self.dir / "recipe.yaml", recipes.to_yaml(self.run.recipe))
+        run = chain.Run(recipes.load(recipe_file, [*overrides, *own]))
+        self.recipe = recipe = run.recipe
+        run.fit(until="teacher")
+        self.material, self.teacher_key = run.material, run.keys["teacher"]
         self.live = Remembered(llama.load(self.dir / "teacher"))
-        tokenizer = Tokenizer.load(self.dir / "tokenizer")
-        self.tokenizer_hash = tokenizer.hash
-        recipe, store = self.run.recipe, open_store(self.dir / "tokens", tokenizer=tokenizer.hash)
-        self.held_out = sentences.validation_sentences(
-            store, self.run.plan.forms, recipe.sentences, recipe.seed
-        )
+        self.forms, tokenizer = self.material.plan.forms, self.material.tokenizer()
+        store = self.material.store(tokenizer.hash)
+        self.held_out = sentences.validation_sentences(store, self.forms, recipe.sentences, recipe.seed)
         self.device = recipe.trainer.device()
+
+    def key(self, arm: str) -> str:
+        """Of all that an arm depends on: a recipe that changed must not meet the scores of the old one."""
+        assert self.recipe.student is not None
+        made_of = [self.teacher_key, asdict(self.recipe.sentences), asdict(self.recipe.student)]
+        return hashlib.sha256(json.dumps([*made_of, str(ARMS[arm])], sort_keys=True).encode()).hexdigest()[:8]
 
     def loss(self, arm: str, weight: float, rate: float) -> dict[str, float]:
         """Held-out loss by task of one arm."""
-        recipe = self.run.recipe
-        assert recipe.student is not None
-        # of all that a score depends on: a recipe that changed must not meet the scores of the old one
-        made_of = [self.run.keys["teacher"], asdict(recipe.sentences), asdict(recipe.student), str(ARMS[arm])]
-        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:8]
-        name = f"{arm.replace(' ', '_').replace(',', '')}-{weight:g}-{rate:g}-{key}"
+        name = f"{arm.replace(' ', '_').replace(',', '')}-{weight:g}-{rate:g}-{self.key(arm)}"
         result = self.dir / "arms" / f"{name}.json"
         if not result.exists():
-            console.print(f"{recipe.seed}: {arm}, weight {weight:g}, rate {rate:g}")
+            console.print(f"{self.recipe.seed}: {arm}, weight {weight:g}, rate {rate:g}")
             result.parent.mkdir(exist_ok=True)
             write_atomic(result, json.dumps(self._score(self._student(arm, weight, rate, name))))
         return json.loads(result.read_text())
@@ -116,41 +109,31 @@ class Seed:
         return self._score(self.live.model)
 
     def _student(self, arm: str, weight: float, rate: float, name: str) -> Any:
-        run, settings = self.run, dict(ARMS[arm])
-        cache_config, base = settings.pop("cache", None), run.recipe.student
+        material, base, settings = self.material, self.recipe.student, dict(ARMS[arm])
+        cache_config = settings.pop("cache", None)
         assert base is not None
-        settings = {"kd_weight": weight, "learning_rate": rate, **settings}
-        config: DistillConfig = replace(base, **settings)
-        seed = run.recipe.seed + 1
-        rows: Any = run.rows(config.steps * config.batch_size, seed)
-        signal: Any = self.live
+        config: DistillConfig = replace(base, **{"kd_weight": weight, "learning_rate": rate, **settings})
+        signal: Signal = self.live
+        rows: Any = teach.rows_of(material, "student")
         if cache_config:
-            folder = self.dir / "cache" / cache_config.kind
-            folder.mkdir(parents=True, exist_ok=True)
-            hashes = {"teacher": weights_hash(self.dir / "teacher"), "tokenizer": self.tokenizer_hash}
-            if not (folder / "manifest.json").exists():
-                write_cache(
-                    folder, rows, self.live, cache_config, temperature=config.temperature, seed=seed,
-                    batch_size=config.batch_size, device=self.device,
-                    teacher_hash=hashes["teacher"], tokenizer_hash=hashes["tokenizer"],
-                )  # fmt: skip
-            cache = open_cache(folder, **hashes, temperature=config.temperature)
-            rows, signal = CachedRows(rows, cache), Cached(cache)
-        model = run.new_model("student", seed)
-        module = Distill(model, signal, config, run.tasks, run.num_codes)
-        pl.seed_everything(seed, verbose=False)
+            folder = self.dir / "cache" / self.key(arm)
+            teach.cache_teacher(material, self.live, cache_config, folder)
+            signal, rows = teach.cached(material, folder)
+        model = teach.new_model(material, "student")
+        module = Distill(model, signal, config, material.tasks, material.given.num_codes)
+        pl.seed_everything(teach.seed_of(self.recipe, "student"), verbose=False)
         folder = self.dir / "arms" / name
         folder.mkdir(exist_ok=True)
         train(
             module, rows, name=name, steps=config.steps, batch_size=config.batch_size, clip=config.clip,
-            config=run.recipe.trainer, folder=folder, tensorboard=self.dir / "tensorboard",
+            config=self.recipe.trainer, folder=folder, tensorboard=self.dir / "tensorboard",
         )  # fmt: skip
         discard_checkpoint(folder)
         folder.rmdir()
         return module.model
 
     def _score(self, model: Any) -> dict[str, float]:
-        roles = {task: form.roles for task, form in self.run.plan.forms.items()}
+        roles = {task: form.roles for task, form in self.forms.items()}
         scores = likelihood.evaluate(model.to(self.device), self.held_out, roles)
         return {task: entry["loss"] for task, entry in scores.items()}
 
@@ -165,8 +148,8 @@ def bracket(score: Callable[[float], float], start: float, factor: float) -> flo
     return best
 
 
-def tune(seed: Seed, arms: list[str], chosen: dict[str, list[float]]) -> None:
-    """Add weight and rate of every arm to `chosen`."""
+def tune(seed: Seed, arms: list[str], chosen: dict[str, list[float]], keep: Callable[[], None]) -> None:
+    """Add weight and rate of every arm to `chosen`; `keep` is called after each."""
 
     def mean(arm: str, weight: float, rate: float) -> float:
         try:
@@ -177,11 +160,12 @@ def tune(seed: Seed, arms: list[str], chosen: dict[str, list[float]]) -> None:
 
     rows = []
     for arm in arms:
-        weight = WEIGHT
+        weight, rate = chosen.get(PLAIN, [WEIGHT, RATE])  # near which most arms end
         if arm != "scratch":
-            weight = bracket(lambda x, arm=arm: mean(arm, x, RATE), WEIGHT, 4.0)  # type: ignore[misc]
-        rate = bracket(lambda x, arm=arm, weight=weight: mean(arm, weight, x), RATE, 2.0)  # type: ignore[misc]
+            weight = bracket(lambda x, arm=arm, rate=rate: mean(arm, x, rate), weight, 4.0)  # type: ignore[misc]
+        rate = bracket(lambda x, arm=arm, weight=weight: mean(arm, weight, x), rate, 2.0)  # type: ignore[misc]
         chosen[arm] = [weight, rate]
+        keep()
         rows.append((arm, f"{weight:g}", f"{rate:g}", f"{mean(arm, weight, rate):.3f}"))
     table(f"tuning, seed {TUNING_SEED}", ["arm", "KD weight", "rate", "mean loss"], rows)
 
@@ -189,7 +173,7 @@ def tune(seed: Seed, arms: list[str], chosen: dict[str, list[float]]) -> None:
 def report(scores: dict[int, dict[str, dict[str, float]]], arms: list[str]) -> None:
     """Print mean and range by arm and task, and how far each arm lies below forward KL, as Markdown."""
     tasks = list(next(iter(scores.values()))["teacher"])
-    heads = ["arm", *tasks, *(["below forward_kl, mean of tasks"] if "forward_kl" in arms else [])]
+    heads = ["arm", *tasks, *([f"below {PLAIN}, mean of tasks"] if PLAIN in arms else [])]
     print(f"held-out loss in nats, mean (range) of {len(scores)} seeds\n\n| {' | '.join(heads)} |")
     print("|---" * len(heads) + "|")
     for arm in ["teacher", *arms]:
@@ -197,9 +181,9 @@ def report(scores: dict[int, dict[str, dict[str, float]]], arms: list[str]) -> N
         for task in tasks:
             losses = [entry[arm][task] for entry in scores.values()]
             cells.append(f"{statistics.mean(losses):.3f} ({min(losses):.3f}-{max(losses):.3f})")
-        if "forward_kl" in arms:
+        if PLAIN in arms:
             means = [{a: statistics.mean(entry[a].values()) for a in entry} for entry in scores.values()]
-            gaps = [mean["forward_kl"] - mean[arm] for mean in means]
+            gaps = [mean[PLAIN] - mean[arm] for mean in means]
             cells.append(f"{statistics.mean(gaps):+.3f} ({', '.join(f'{gap:+.3f}' for gap in gaps)})")
         print(f"| {' | '.join(cells)} |")
 
@@ -220,8 +204,10 @@ def main() -> int:
         file = root / "distill-tuned.json"
         chosen = json.loads(file.read_text()) if file.exists() else {}
         if options.tune:
-            tune(Seed(options.recipe, options.overrides, TUNING_SEED), options.arms, chosen)
-            write_atomic(file, json.dumps(chosen, indent=1) + "\n")
+            seed = Seed(options.recipe, options.overrides, TUNING_SEED)
+            # plain KL first: the others start from its weight and rate
+            arms = sorted(options.arms, key=lambda arm: arm != PLAIN)
+            tune(seed, arms, chosen, lambda: write_atomic(file, json.dumps(chosen, indent=1) + "\n"))
             return 0
         if unknown := [arm for arm in options.arms if arm not in chosen]:
             raise UserError(f"{file}: has no weight and rate for {', '.join(unknown)}; run --tune first")

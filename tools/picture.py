@@ -8,7 +8,6 @@ each prompted with the run's first held-out pair of a task (not shown) and compl
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -16,13 +15,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from delvm import chain, llama
+from delvm import llama
 from delvm import recipe as recipes
 from delvm.errors import UserError
 from delvm.evaluate.prompting import Picture, load_pictures
 from delvm.generation import complete
+from delvm.given import Given
 from delvm.images.augment import view
 from delvm.images.files import read_picture
+from delvm.material import open_samples
 from delvm.tokenizer import Tokenizer
 from delvm.tokens.sentences import validation_sentences
 from delvm.tokens.store import open_store
@@ -42,17 +43,17 @@ def complete_queries(folder: Path, queries: list[Path]) -> dict[str, list[list[P
     )
     with torch.no_grad():
         codes = tokenizer.encode(torch.from_numpy(views).permute(0, 3, 1, 2) / 255)
-    run = chain.Run(recipe)
-    run.open_data(json.loads((folder / "data" / "manifest.json").read_text()), folder / "data")
+    given = Given(recipe)
+    forms = open_samples(given, folder / "data", folder).plan.forms
     rows: dict[str, list[list[Picture]]] = {}
-    for task, sentences in validation_sentences(store, run.plan.forms, recipe.sentences, recipe.seed).items():
-        if run.plan.forms[task].kind != "pairs":
+    for task, sentences in validation_sentences(store, forms, recipe.sentences, recipe.seed).items():
+        if forms[task].kind != "pairs":
             continue
         # the first held-out sentence up to the last pair, then a query of one's own
         end = len(sentences[0]) - recipe.sentences.specials - 2 * store.tokens_per_image
         prompts = torch.cat([sentences[:1, :end].expand(len(codes), -1), codes], 1)
         rows[task] = [[("query", picture)] for picture in views]
-        for role in run.models:
+        for role in given.models:
             found = complete(
                 llama.load(folder / role), prompts, store.tokens_per_image, store.num_codes,
                 temperature=recipe.prompting.temperature, top_p=recipe.prompting.top_p, seed=recipe.seed,

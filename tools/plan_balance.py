@@ -14,41 +14,44 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image, ImageColor, ImageDraw
 
-from delvm import chain
 from delvm import recipe as recipes
 from delvm.console import console, table
 from delvm.errors import UserError
+from delvm.given import Given
+from delvm.material import Material, list_samples
 from delvm.tokens import balance
 from delvm.tokens.store import code_dtype
 
 WIDTH, BAR, GAP, MARGIN = 640, 26, 10, 90  # pixels of the bars, of one bar, between two, left of them
 
 
-def plans(run: chain.Run) -> dict[str, dict[str, balance.TaskPlan]]:
+def plans(material: Material) -> dict[str, dict[str, balance.TaskPlan]]:
     """The plan of every strategy with the recipe's other balance settings, `{strategy: {task: plan}}`."""
-    samples = {task: entry["train"] for task, entry in run.manifest.items()}
-    tokens = {task: entry["pictures"] * run.num_tokens for task, entry in run.manifest.items()}
-    config = run.recipe.balance
+    samples = {task: entry["train"] for task, entry in material.manifest.items()}
+    tokens = {
+        task: entry["pictures"] * material.given.num_tokens for task, entry in material.manifest.items()
+    }
+    config = material.recipe.balance
     return {
         strategy: balance.plan(samples, tokens, dataclasses.replace(config, strategy=strategy))
         for strategy in balance.STRATEGIES
     }
 
 
-def show(run: chain.Run, found: dict[str, dict[str, balance.TaskPlan]]) -> None:
+def show(material: Material, found: dict[str, dict[str, balance.TaskPlan]]) -> None:
     """Print one table a strategy, the epoch's size, the disk that its grids take and what the cap costs."""
-    bytes_a_code = code_dtype(run.num_codes).itemsize
+    bytes_a_code = code_dtype(material.given.num_codes).itemsize
     for strategy, tasks in found.items():
         rows, disk, total = [], 0, 0
         for task, plan in tasks.items():
-            tokens = run.manifest[task]["pictures"] * run.num_tokens
-            views = 1 if run.recipe.balance.online or task in run.token_tasks else plan.views
-            grid = (plan.samples * views + run.manifest[task]["validation"]) * tokens * bytes_a_code
+            tokens = material.manifest[task]["pictures"] * material.given.num_tokens
+            views = 1 if material.recipe.balance.online or task in material.given.token_tasks else plan.views
+            grid = (plan.samples * views + material.manifest[task]["validation"]) * tokens * bytes_a_code
             disk, total = disk + grid, total + plan.draws * tokens
             rows.append((task, plan.samples, plan.views, plan.draws, plan.draws * tokens,
                          f"{plan.target:.1%}", f"{plan.share:.1%}", f"{grid / 1e6:,.2f} MB"))  # fmt: skip
         columns = ["task", "samples", "views", "drawn", "tokens", "target", "share", "disk"]
-        used = " (the recipe's)" if strategy == run.recipe.balance.strategy else ""
+        used = " (the recipe's)" if strategy == material.recipe.balance.strategy else ""
         table(f"{strategy}{used}: {total:,} tokens an epoch, {disk / 1e6:,.2f} MB", columns, rows)
         for task, (target, share) in balance.shortfalls(tasks).items():
             console.print(
@@ -93,14 +96,14 @@ def main() -> int:
     if options.out and options.out.suffix.lower() not in (".png", ".jpg"):
         parser.error(f"--out: '{options.out}' must end in .png or .jpg")
     try:
-        run = chain.Run(recipes.load(options.recipe, options.overrides))
+        given = Given(recipes.load(options.recipe, options.overrides))
         with TemporaryDirectory() as folder:
-            run.index(Path(folder))
-        found = plans(run)
+            material = list_samples(given, Path(folder), Path(folder))
+        found = plans(material)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    show(run, found)
+    show(material, found)
     if options.out:
         draw(found).save(options.out)
     return 0

@@ -17,19 +17,22 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image, ImageDraw
 
-from delvm import chain
 from delvm import recipe as recipes
 from delvm.errors import UserError
+from delvm.given import Given
 from delvm.images.augment import POLICIES
 from delvm.images.sources import Views, open_sources
+from delvm.material import Material, list_samples
 
 SIDE, GAP, LINE = 96, 4, 16  # pixels of a picture, between two, of a line of text
 
 
-def rows(run: chain.Run, policies: list[str], views: int, sample: int) -> list[tuple[str, np.ndarray]]:
+def rows(material: Material, policies: list[str], views: int, sample: int) -> list[tuple[str, np.ndarray]]:
     """(caption, pictures of one sample's views: (views, pictures, H, W, 3) uint8), by task and policy."""
-    recipe, found = run.recipe, []
-    sources = open_sources(run.manifest, run.image_tasks, "train", recipe.seed, run.listed)
+    recipe, found = material.recipe, []
+    sources = open_sources(
+        material.manifest, material.given.image_tasks, "train", recipe.seed, material.listed
+    )
     for task, source in sources.items():
         for policy in policies or [recipe.tasks[task].policy]:
             try:
@@ -74,10 +77,10 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=0)
     options = parser.parse_intermixed_args()
     try:
-        run = chain.Run(recipes.load(options.recipe, options.overrides))
+        given = Given(recipes.load(options.recipe, options.overrides))
         with TemporaryDirectory() as folder:
-            run.index(Path(folder))
-            found = rows(run, options.policies, options.views, options.sample)
+            material = list_samples(given, Path(folder), Path(folder))
+            found = rows(material, options.policies, options.views, options.sample)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,13 +1,19 @@
-"""Hidden states of student and teacher -> how far they agree, token by token."""
+"""The student's hidden states and what the teacher says -> how far they agree, token by token."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 
+from delvm.distill.comparisons import with_rest
 from delvm.distill.divergences import forward_kl
+from delvm.distill.fused import CHUNK
 
 BANDS = 4
 """Parts of a picture, from its first tokens in raster order to its last, that scores are told for."""
+
+LEAST = math.log(torch.finfo(torch.float32).tiny)
+"""The log-probability of a bucket in which no code is left."""
 
 
 @torch.no_grad()
@@ -17,7 +23,7 @@ def agreement(
     teacher_hidden: torch.Tensor,
     teacher_head: torch.Tensor,
     *,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK,
 ) -> dict[str, torch.Tensor]:
     """Scores of every token at temperature 1, in float32.
 
@@ -30,21 +36,68 @@ def agreement(
         (tokens,) each: `kl`, KL(teacher || student) in nats; `agreement`, 1 where both find the same code the
         likeliest; `student_entropy` and `teacher_entropy` in nats.
     """
-    parts = []
+    chunks = []
     for one, two in zip(student_hidden.split(chunk_size), teacher_hidden.split(chunk_size), strict=True):
         student, teacher = (one @ student_head.T).float(), (two @ teacher_head.T).float()
-        parts.append(
-            torch.stack(
-                [
-                    forward_kl(student, teacher),
-                    (student.argmax(-1) == teacher.argmax(-1)).float(),
-                    _entropy(student),
-                    _entropy(teacher),
-                ]
-            )
+        chunks.append(
+            {
+                "kl": forward_kl(student, teacher),
+                "agreement": (student.argmax(-1) == teacher.argmax(-1)).float(),
+                "student_entropy": _entropy(student),
+                "teacher_entropy": _entropy(teacher),
+            }
         )
-    names = ("kl", "agreement", "student_entropy", "teacher_entropy")
-    return dict(zip(names, torch.cat(parts, dim=1), strict=True))
+    return _joined(chunks)
+
+
+@torch.no_grad()
+def sparse_agreement(
+    student_hidden: torch.Tensor,
+    student_head: torch.Tensor,
+    ids: torch.Tensor,
+    probabilities: torch.Tensor,
+    *,
+    tail: bool,
+    temperature: float,
+    chunk_size: int = CHUNK,
+) -> dict[str, torch.Tensor]:
+    """What a few of the teacher's codes tell of every token, in float32.
+
+    Args:
+        student_hidden, student_head: as of `agreement`.
+        ids, probabilities: (tokens, k), the teacher's, at `temperature`.
+        tail: whether these are its likeliest codes, or drawn ones (`delvm.distill.teacher.Sparse`).
+        temperature: of both sides, save where it says otherwise.
+        chunk_size: tokens whose logits are held at once.
+
+    Returns:
+        (tokens,) each: `student_entropy` in nats at temperature 1, as `agreement` has it; and of
+
+        - the likeliest codes `agreement`, the same as there; `bucket_kl`, KL(teacher || student) over the k
+          codes and one bucket for all others, and `teacher_bucket_entropy` over these, in nats: at most, and
+          mostly below, what they are over all codes;
+        - drawn codes `drawn_cross_entropy` of the student on them, in nats: in the mean over draws the KL and
+          the teacher's entropy together.
+    """
+    chunks = []
+    for hidden, codes, given in zip(
+        student_hidden.split(chunk_size), ids.split(chunk_size), probabilities.split(chunk_size), strict=True
+    ):
+        logits, codes = (hidden @ student_head.T).float(), codes.long()
+        scores = {"student_entropy": _entropy(logits)}
+        log_q = (logits / temperature).log_softmax(-1)
+        known = log_q.gather(-1, codes)
+        if tail:
+            rest = log_q.scatter(-1, codes, -torch.inf).logsumexp(-1, keepdim=True).clamp_min(LEAST)
+            log_p = with_rest(given.float()).log()
+            likeliest = codes.gather(-1, given.argmax(-1, keepdim=True)).squeeze(-1)
+            scores["agreement"] = (logits.argmax(-1) == likeliest).float()
+            scores["bucket_kl"] = forward_kl(torch.cat([known, rest], -1), log_p)
+            scores["teacher_bucket_entropy"] = _entropy(log_p)
+        else:
+            scores["drawn_cross_entropy"] = -(given * known).sum(-1)
+        chunks.append(scores)
+    return _joined(chunks)
 
 
 def by_group(
@@ -80,6 +133,10 @@ def by_group(
     }
 
 
+def _joined(chunks: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([scores[name] for scores in chunks]) for name in chunks[0]}
+
+
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
     log_probabilities = logits.log_softmax(-1)
-    return -(log_probabilities.exp() * log_probabilities).sum(-1)
+    return torch.special.entr(log_probabilities.exp()).sum(-1)  # which is 0 where a probability is

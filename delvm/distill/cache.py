@@ -1,17 +1,16 @@
 """A frozen teacher and rows of tokens -> its distributions on disk, and back into batches.
 
 One pass writes what the teacher says of every row; any number of students then train without the teacher. A
-cache is a folder: `manifest.json`, and a folder named by a hash of all settings with shards `00000.npy`,
-`00001.npy`, ... as in `tokens.store`, whole or not there. A shard is (rows, 1, 1, bytes) uint8: of each row 8
-bytes that tell its tokens from others and then, for each of its tokens but the first,
-
-- `topk`: the k likeliest ids, packed, then the log-probabilities of these and of all others together, uint16;
-- `sampled`: ids drawn from the teacher, packed (random sampling KD, Anshumann et al. 2025).
+cache is a folder: `manifest.json` and shards `00000.npy`, `00001.npy`, ... as in `tokens.store`, whole or not
+there. Until all are, `begun.json` has the manifest's place. A shard is (rows, 1, 1, bytes) uint8; what the
+bytes of a row are `distill.records` tells.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -23,23 +22,22 @@ from torch.nn.functional import linear
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from delvm import ranks
+from delvm.distill.records import HASH_BYTES, Record, seal, unseal
 from delvm.distill.teacher import Live, Sparse
 from delvm.errors import UserError
+from delvm.stages import RECORD, write_atomic
 from delvm.tokens.rows import TrainingSentences
-from delvm.tokens.store import Grid, Layout, write_manifest
+from delvm.tokens.store import Grid, Layout
 
 COUNTS = {"topk": 64, "sampled": 12}
 """By kind, how many codes of a token are stored unless the settings say."""
 
+MANIFEST, BEGUN = "manifest.json", "begun.json"
 SHARD_BYTES = 64 << 20
 MAX_SHARDS = 512  # each that is open holds a file descriptor, of which a process has perhaps 1,024
 CHUNK = 512  # tokens whose distributions are whole in memory at a time
-HASH_BYTES = 8
 NUM_HASHED = 8  # rows
-
-# Log-probabilities in 65,536 even steps down to -32. Of 64 among 8,192 codes no probability is then off by
-# more than 0.05%, nor is the rest, stored so as not to be a difference of rounded ones; as float16 by 0.4%.
-STEP = 32 / 65_535
 
 
 @dataclass
@@ -52,6 +50,9 @@ class CacheConfig:
     """Codes a token; 0: 64 for `topk`, 12 for `sampled`."""
     rows: int = 0
     """Rows that are stored, over and over if the student sees more; 0: all that it sees."""
+    folder: str = ""
+    """Where the cache is; written there if it is not there yet, so that several runs and recipes share it.
+    There it may have more rows than are asked for: all are used. Empty: within the run."""
 
     def __post_init__(self) -> None:
         if self.kind not in COUNTS:
@@ -66,100 +67,7 @@ class CacheConfig:
         return self.count or COUNTS[self.kind]
 
 
-# --- a token's bytes ---
-
-
-def pack(ids: np.ndarray, bits: int) -> np.ndarray:
-    """(tokens, count) integers below 2**bits -> (tokens, ceil(count * bits / 8)) uint8, lowest bits first."""
-    parts = ids.astype("<u4").view(np.uint8).reshape(*ids.shape, 4)
-    kept = np.unpackbits(parts, axis=-1, count=bits, bitorder="little")
-    return np.packbits(kept.reshape(len(ids), -1), axis=-1, bitorder="little")
-
-
-def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """`pack` undone: (tokens, count) int32. bits: at most 25, so that an id lies within 4 bytes."""
-    # every id is cut out of the bytes it lies in: ten times faster than by way of single bits
-    first, shift = np.divmod(np.arange(count) * bits, 8)
-    ids = packed.take(first, axis=1).astype(np.uint32)
-    for byte in range(1, (bits + 14) // 8):
-        # past the end there is nothing of an id: whatever is read there is cut off
-        place = np.minimum(first + byte, packed.shape[1] - 1)
-        ids |= packed.take(place, axis=1).astype(np.uint32) << np.uint32(8 * byte)
-    ids >>= shift.astype(np.uint32)
-    ids &= np.uint32((1 << bits) - 1)
-    return ids.view(np.int32)
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is stored of one token's distribution."""
-
-    kind: str
-    count: int
-    vocabulary: int
-
-    @property
-    def bits(self) -> int:
-        """Of one id."""
-        return max(1, (self.vocabulary - 1).bit_length())
-
-    @property
-    def id_bytes(self) -> int:
-        """Of all ids."""
-        return -(-self.count * self.bits // 8)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of a token."""
-        return self.id_bytes + (2 * (self.count + 1) if self.kind == "topk" else 0)
-
-    def write(self, log_probabilities: Tensor, uniform: Tensor) -> np.ndarray:
-        """(tokens, vocabulary) float32 -> (tokens, num_bytes) uint8; `sampled` draws by `uniform`."""
-        if self.kind == "sampled":
-            return pack(draw(log_probabilities, uniform).cpu().numpy(), self.bits)
-        kept, ids = log_probabilities.topk(self.count)
-        # a sum over the rest: 1 - the sum of those kept has no digits where these are nearly all
-        rest = log_probabilities.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-        steps = (torch.cat([kept, rest], -1) / -STEP).round().clamp(0, 65_535)
-        values = steps.to(torch.int32).cpu().numpy().astype("<u2").view(np.uint8)
-        return np.concatenate([pack(ids.cpu().numpy(), self.bits), values], axis=1)
-
-    def read(self, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """(tokens, num_bytes) uint8 -> ids (tokens, count) int32, for `topk` also probabilities, float32.
-
-        The probabilities of a token sum to at most 1.
-        """
-        ids = unpack(stored[:, : self.id_bytes], self.bits, self.count)
-        if self.kind == "sampled":
-            return ids, None
-        steps = np.ascontiguousarray(stored[:, self.id_bytes :]).view("<u2")
-        probabilities = np.exp(steps * np.float32(-STEP))
-        total = probabilities.sum(axis=1, keepdims=True, dtype=np.float64)
-        # a hair below 1: rounded to float32, those of a token must not sum to more
-        return ids, probabilities[:, :-1] * ((1 - 2**-22) / total).astype(np.float32)
-
-
-def draw(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """`count` ids of each distribution, in which an id's expected share is its probability.
-
-    One is drawn from each of `count` equally likely slices of the distribution: so the shares vary less than
-    those of independent draws.
-
-    Args:
-        log_probabilities: (tokens, vocabulary).
-        uniform: (tokens, count) float64 in 0..1, 0 excluded: so an id of probability 0 is never drawn.
-
-    Returns:
-        (tokens, count) int64, ascending.
-    """
-    count = uniform.shape[1]
-    # float64: added up in float32, rare codes would drown
-    sums = log_probabilities.double().exp().cumsum(-1)
-    points = (torch.arange(count, device=uniform.device) + uniform) / count * sums[:, -1:]
-    return torch.searchsorted(sums, points)
-
-
-# --- writing ---
+# --- what a cache is written for ---
 
 
 def row_hashes(batch: dict[str, Tensor]) -> np.ndarray:
@@ -171,9 +79,13 @@ def row_hashes(batch: dict[str, Tensor]) -> np.ndarray:
 
 
 def rows_hash(rows: TrainingSentences, num_rows: int) -> str:
-    """16 hexadecimal digits of the first rows: other data, another order, another seed change them."""
-    first = row_hashes(rows.__getitems__(range(min(NUM_HASHED, num_rows))))
-    return hashlib.sha256(first.tobytes()).hexdigest()[:16]
+    """16 hexadecimal digits of `num_rows` rows: other data, another order, another seed change them.
+
+    It looks at a few of them, from the first to the last, whether the student sees that many or not: so it
+    can be compared with that of a cache which has more.
+    """
+    numbers = sorted({place * (num_rows - 1) // (NUM_HASHED - 1) for place in range(NUM_HASHED)})
+    return hashlib.sha256(row_hashes(rows.__getitems__(numbers)).tobytes()).hexdigest()[:16]
 
 
 def weights_hash(folder: Path) -> str:
@@ -183,6 +95,24 @@ def weights_hash(folder: Path) -> str:
         with file.open("rb") as data:
             digest.update(hashlib.file_digest(data, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+# --- writing ---
+
+
+def cache_bytes(
+    config: CacheConfig, vocabulary: int, length: int, num_rows: int, *, shard_bytes: int = SHARD_BYTES
+) -> int:
+    """Bytes on disk of a cache, without its manifest of a few hundred.
+
+    Args:
+        config: what is stored.
+        vocabulary: ids of the teacher.
+        length: tokens of a row.
+        num_rows: rows that the student sees.
+    """
+    record = Record(config.kind, config.codes, vocabulary)
+    return _plan(Path(), record, length, config.rows or num_rows, shard_bytes).num_bytes
 
 
 def write_cache(
@@ -197,60 +127,114 @@ def write_cache(
     device: torch.device,
     teacher_hash: str,
     tokenizer_hash: str,
-    rank: int = 0,
-    world: int = 1,
+    rank: int | None = None,
+    world: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the shards that are not there yet, and the manifest once all are.
+    """Write a cache, or go on with one: the shards that are not there yet, and then the manifest.
 
-    What is written of a row depends on the row, its number and the seed, not on batches or shards; save for
-    how the teacher's own arithmetic rounds.
+    A whole cache of the same settings is left as it is; it may have more rows than are asked for. What is
+    written of a row depends on the row, its number and the seed, not on batches or shards; save for how the
+    teacher's own arithmetic rounds. All processes of a run call this; each writes every `world`-th shard. One
+    run at a time writes into a folder.
 
     Args:
-        folder: of the cache; whole shards in it that were begun with the same settings are kept.
+        folder: of the cache; made if need be.
         rows: what the students will be trained on; the first `config.rows` of them are read.
         teacher: moved to `device`.
         temperature: of the teacher's softmax; the cache serves no other.
         seed: of the draws of `sampled`.
-        batch_size: rows that go through the teacher at a time.
+        batch_size: rows that go through the teacher at a time; all that is held of a shard.
         teacher_hash, tokenizer_hash: what `open_cache` will be asked for.
-        rank, world: this process and how many there are; each writes every `world`-th shard, and the one that
-            finds all of them whole writes the manifest.
+        rank, world: this process and how many there are; None: as `delvm.ranks` knows them.
 
     Raises:
-        UserError: more codes than the vocabulary has, or more rows than there are.
+        UserError: more codes than the vocabulary has, or more rows than there are; the folder holds something
+            else, or a cache of other settings; the disk is too small; shards of other processes are missing.
     """
     if config.kind == "topk" and config.codes > teacher.vocabulary:
         raise UserError(f"cache.count: {config.codes}, the teacher's vocabulary has {teacher.vocabulary} ids")
     if config.rows > len(rows):
         raise UserError(f"cache.rows: {config.rows}, the student sees {len(rows)}")
-    num_rows, record = config.rows or len(rows), Record(config.kind, config.codes, teacher.vocabulary)
-    row_bytes = HASH_BYTES + (rows.length - 1) * record.num_bytes
-    shard = max(1, max(shard_bytes, num_rows * row_bytes // MAX_SHARDS) // row_bytes)
-    about = {
-        "kind": record.kind, "count": record.count, "temperature": temperature, "seed": seed,
-        "vocabulary": record.vocabulary, "bits_per_id": record.bits, "bytes_per_token": record.num_bytes,
-        "rows": num_rows, "length": rows.length, "rows_hash": rows_hash(rows, num_rows),
-        "teacher": teacher_hash, "precision": teacher.precision, "tokenizer": tokenizer_hash, "shard": shard,
-    }  # fmt: skip
-    # shards of other settings, left by a run that was killed, are not gone on from
-    place = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    layout = Layout(folder / place, (num_rows, 1, 1, row_bytes), np.dtype(np.uint8), shard)
+    record = Record(config.kind, config.codes, teacher.vocabulary)
+
+    def settings(num_rows: int) -> dict:
+        # what tells most comes first: it is named where a folder has another
+        return {
+            "tokenizer": tokenizer_hash, "teacher": teacher_hash, "precision": teacher.precision,
+            "kind": record.kind, "count": record.count, "temperature": temperature,
+            "vocabulary": record.vocabulary, "length": rows.length, "seed": seed, "rows": num_rows,
+            "rows_hash": rows_hash(rows, num_rows), "bits_per_id": record.bits,
+            "bytes_per_token": record.num_bytes, "bytes_per_row": record.row_bytes(rows.length),
+        }  # fmt: skip
+
+    planned = _plan(folder, record, rows.length, config.rows or len(rows), shard_bytes)
+    manifest = ranks.on_first(lambda: _begin(planned, settings))
+    layout = _layout(folder, manifest)
+    rank, world = ranks.rank() if rank is None else rank, ranks.world() if world is None else world
     if todo := layout.missing(rank, world):
         numbers = np.concatenate([np.array(layout.samples(number)) for number in todo])
-        starts = range(0, len(numbers), batch_size)
         teacher.to(device)
-        with tqdm(total=len(numbers), desc="cache", unit="row", disable=rank > 0) as bar:
 
-            def written(start: int) -> np.ndarray:
-                chosen = numbers[start : start + batch_size].tolist()
-                stored = _stored(rows, chosen, teacher, record, temperature, seed, device)
-                bar.update(len(chosen))
-                return stored[:, None]
+        def blocks() -> Iterator[np.ndarray]:
+            with tqdm(total=len(numbers), desc="cache", unit="row", disable=rank > 0) as bar:
+                for start in range(0, len(numbers), batch_size):
+                    chosen = numbers[start : start + batch_size].tolist()
+                    stored = _stored(rows, chosen, teacher, record, temperature, seed, device)
+                    bar.update(len(chosen))
+                    yield stored[:, None]
 
-            layout.write_all(todo, map(written, starts))
-    if not layout.missing():  # else other processes are at them
-        write_manifest(folder, {**about, "folder": place, "sha256": layout.describe()["sha256"]})
+        layout.write_all(todo, blocks())
+    ranks.barrier()
+    ranks.on_first(lambda: _end(layout))
+
+
+def _plan(folder: Path, record: Record, length: int, num_rows: int, shard_bytes: int) -> Layout:
+    """How a new cache is cut into shards."""
+    row_bytes = record.row_bytes(length)
+    shard_bytes = max(shard_bytes, -(-num_rows // MAX_SHARDS) * row_bytes)
+    return Layout.plan(folder, (num_rows, 1, 1, row_bytes), np.dtype(np.uint8), shard_bytes)
+
+
+def _begin(planned: Layout, settings: Callable[[int], dict]) -> dict:
+    """The manifest of the cache that the folder has, whole or begun; of a new one if it has none.
+
+    settings: of a cache of so many rows.
+    """
+    folder, num_rows = planned.folder, planned.shape[0]
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: not a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (MANIFEST, BEGUN):
+        if (folder / name).is_file():
+            manifest = _read_manifest(folder / name)
+            if name == MANIFEST:  # a whole one serves fewer rows, too
+                num_rows = max(num_rows, int(manifest["rows"]))
+            for key, value in settings(num_rows).items():
+                if manifest.get(key) != value:
+                    raise UserError(
+                        f"{folder}: holds a teacher's cache with {key} {manifest.get(key)}, wanted is"
+                        f" {value}; choose another folder, or delete that cache"
+                    )
+            return manifest
+    others = [path.name for path in folder.iterdir() if path.name != RECORD and not path.name.startswith(".")]
+    if others:
+        raise UserError(f"{folder}: holds '{min(others)}' and no teacher's cache; choose another folder")
+    if planned.num_bytes > (free := shutil.disk_usage(folder).free):
+        raise UserError(
+            f"{folder}: the teacher's cache takes {planned.num_bytes:,} bytes, the disk has {free:,} free;"
+            " cache.rows and cache.kind=sampled make it smaller"
+        )
+    manifest = {**settings(num_rows), "shard": planned.shard}
+    write_atomic(folder / BEGUN, json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def _end(layout: Layout) -> None:
+    """Give a whole cache its manifest."""
+    layout.check_whole()
+    if (layout.folder / BEGUN).exists():
+        os.replace(layout.folder / BEGUN, layout.folder / MANIFEST)
 
 
 @torch.no_grad()
@@ -275,7 +259,7 @@ def _stored(
     for hidden, numbered in zip(target.hidden.split(CHUNK), uniform.split(CHUNK), strict=True):
         logits = linear(hidden.float(), head) / temperature
         tokens.append(record.write(logits.log_softmax(-1), numbered))
-    return np.concatenate([row_hashes(batch), np.concatenate(tokens).reshape(len(numbers), -1)], axis=1)
+    return seal(row_hashes(batch), np.concatenate(tokens).reshape(len(numbers), -1))
 
 
 # --- reading ---
@@ -285,11 +269,16 @@ def _stored(
 class Cache:
     """An opened cache."""
 
-    folder: Path
     manifest: dict
     record: Record
+    layout: Layout
     grid: Grid
     """(rows, 1, 1, bytes of a row) uint8."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.layout.folder
 
     @property
     def length(self) -> int:
@@ -304,16 +293,19 @@ class Cache:
             hashes: the `row_hashes` of the tokens that these go with.
 
         Raises:
-            UserError: a row was written for other tokens.
+            UserError: a row is not what was written, or was written for other tokens.
         """
-        stored = self.grid.take(np.asarray(numbers))
-        differing = (stored[:, :HASH_BYTES] != hashes).any(axis=1)
-        if differing.any():
-            number = numbers[int(differing.argmax())]
-            raise UserError(f"{self.folder}: row {number} of the cache was written for other tokens")
-        tokens = stored[:, HASH_BYTES:].reshape(-1, self.record.num_bytes)
-        ids, probabilities = self.record.read(tokens)
-        shape = (len(stored), self.length - 1, self.record.count)
+        sound, written, records = unseal(self.grid.take(np.asarray(numbers)))
+        for passed, problem in (
+            (sound, "is damaged, its content is not what was written (another crc32)"),
+            ((written == hashes).all(axis=1), "was written for other tokens"),
+        ):
+            if not passed.all():
+                number = numbers[int(passed.argmin())]
+                file = self.layout.path(number // self.layout.shard)
+                raise UserError(f"{file}: row {number} of the cache {problem}")
+        ids, probabilities = self.record.read(records.reshape(-1, self.record.num_bytes))
+        shape = (len(numbers), self.length - 1, self.record.count)
         found = {"teacher_ids": torch.from_numpy(ids.reshape(shape))}
         if probabilities is not None:
             found["teacher_probabilities"] = torch.from_numpy(probabilities.reshape(shape))
@@ -334,38 +326,44 @@ def open_cache(
         UserError: no manifest or an unreadable one; another teacher, tokenizer or temperature; a shard that
             is missing, cut short or of another shape than the manifest says.
     """
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder}: not a teacher's cache (no manifest.json)")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        record = Record(str(manifest["kind"]), int(manifest["count"]), int(manifest["vocabulary"]))
-        row_bytes = HASH_BYTES + (int(manifest["length"]) - 1) * record.num_bytes
-        shape = (int(manifest["rows"]), 1, 1, row_bytes)
-        layout = Layout(folder / manifest["folder"], shape, np.dtype(np.uint8), int(manifest["shard"]))
-        if record.kind not in COUNTS or min(*shape, layout.shard, record.count, manifest["temperature"]) <= 0:
-            raise ValueError(f"kind {record.kind}, shape {list(shape)}, shard {layout.shard}")
-        written = {key: manifest[key] for key in ("teacher", "tokenizer", "temperature", "rows_hash")}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: unreadable manifest ({error!r})") from error
+        raise UserError(f"{folder}: not a teacher's cache (no {MANIFEST})")
+    manifest = _read_manifest(path)
     asked = {"teacher": teacher or None, "tokenizer": tokenizer or None, "temperature": temperature}
     for key, value in asked.items():
-        if value is not None and value != written[key]:
-            raise UserError(f"{folder}: written with {key} {written[key]}, asked for {value}")
-    shards = [_open_shard(layout, number) for number in range(layout.num_shards)]
-    return Cache(folder, manifest, record, Grid(shards))
+        if value is not None and value != manifest[key]:
+            raise UserError(f"{folder}: written with {key} {manifest[key]}, asked for {value}")
+    layout = _layout(folder, manifest)
+    return Cache(manifest, _record(manifest), layout, layout.open())
 
 
-def _open_shard(layout: Layout, number: int) -> np.ndarray:
-    file, shape = layout.path(number), (len(layout.samples(number)), *layout.shape[1:])
+def _read_manifest(path: Path) -> dict:
     try:
-        array = np.lib.format.open_memmap(file, mode="r")  # which refuses pickled objects
-    except Exception as error:  # what a damaged header raises depends on where it is damaged
-        raise UserError(f"{file}: unreadable shard of a cache ({error})") from error
-    if array.shape != shape or array.dtype != layout.dtype:
-        found = f"{array.dtype} {list(array.shape)}"
-        raise UserError(f"{file}: {found}, the manifest says {layout.dtype} {list(shape)}")
-    return array
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        record, layout = _record(manifest), _layout(path.parent, manifest)
+        if record.kind not in COUNTS or min(*layout.shape, layout.shard, record.count) < 1:
+            raise ValueError(f"kind {record.kind}, shape {list(layout.shape)}, shard {layout.shard}")
+        if layout.shape[3] != manifest["bytes_per_row"] or manifest["temperature"] <= 0:
+            raise ValueError(
+                f"bytes_per_row {manifest['bytes_per_row']}, temperature {manifest['temperature']}"
+            )
+        if not all(isinstance(manifest[key], str) for key in ("teacher", "tokenizer", "rows_hash")):
+            raise ValueError("teacher, tokenizer and rows_hash must be text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not the manifest of a teacher's cache ({error!r})") from error
+    return manifest
+
+
+def _record(manifest: dict) -> Record:
+    return Record(str(manifest["kind"]), int(manifest["count"]), int(manifest["vocabulary"]))
+
+
+def _layout(folder: Path, manifest: dict) -> Layout:
+    row_bytes = _record(manifest).row_bytes(int(manifest["length"]))
+    return Layout(
+        folder, (int(manifest["rows"]), 1, 1, row_bytes), np.dtype(np.uint8), int(manifest["shard"])
+    )
 
 
 class CachedRows(Dataset):

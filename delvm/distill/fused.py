@@ -27,7 +27,17 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch.autograd.function import once_differentiable
 
+from delvm.distill.comparisons import (
+    Student,
+    compare_buckets,
+    compare_drawn,
+    compare_forward_kl,
+    compare_logits,
+)
 from delvm.distill.divergences import Divergence, forward_kl, make_divergence
+
+CHUNK = 512
+"""Tokens whose logits are held at a time, unless a caller says."""
 
 Number = float | torch.Tensor
 Rows = slice | torch.Tensor
@@ -54,7 +64,7 @@ def fused_kd_loss(
     ce_weight: Number = 1.0,
     kd_weight: Number = 1.0,
     ignore_index: int = -100,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK,
     num_targets: Number | None = None,
     kd_mask: torch.Tensor | None = None,
     num_kd_targets: Number | None = None,
@@ -73,6 +83,10 @@ def fused_kd_loss(
     Raises:
         ValueError: another number of codes on either side, of tokens in any argument; an unknown divergence.
     """
+    terms = _Terms(
+        ignore_index, chunk_size, ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature,
+        num_targets=num_targets, kd_mask=kd_mask, num_kd_targets=num_kd_targets,
+    )  # fmt: skip
     if len(student_head) != len(teacher_head):
         raise ValueError(
             f"vocabulary: the student has {len(student_head)} ids, the teacher {len(teacher_head)}"
@@ -82,7 +96,7 @@ def fused_kd_loss(
     dtype = _working_dtype(student_hidden, student_head)
     project = _Projection(teacher_head, min(chunk_size, len(labels)), dtype)
 
-    def compare(student: _Student, rows: Rows, temperature: torch.Tensor | None) -> torch.Tensor:
+    def compare(student: Student, rows: Rows, temperature: torch.Tensor | None) -> torch.Tensor:
         hidden = teacher_hidden.detach()[rows]
         if kd_mask is not None:  # these rows may hold anything, and 0 times NaN would be NaN
             hidden = hidden.masked_fill(~kd_mask[rows].unsqueeze(-1), 0.0)
@@ -90,23 +104,10 @@ def fused_kd_loss(
         if temperature is not None:
             logits.div_(temperature)
         if chosen is forward_kl:
-            return _compare_forward_kl(student, logits)
-        return _compare(chosen, student, logits)
+            return compare_forward_kl(student, logits)
+        return compare_logits(chosen, student, logits)
 
-    return _fused(
-        student_hidden,
-        student_head,
-        labels,
-        compare,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        ignore_index=ignore_index,
-        chunk_size=chunk_size,
-        num_targets=num_targets,
-        kd_mask=kd_mask,
-        num_kd_targets=num_kd_targets,
-    )
+    return _fused(student_hidden, student_head, labels, terms, compare)
 
 
 @_eager
@@ -123,7 +124,7 @@ def fused_sparse_kd_loss(
     ce_weight: Number = 1.0,
     kd_weight: Number = 1.0,
     ignore_index: int = -100,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK,
     num_targets: Number | None = None,
     kd_mask: torch.Tensor | None = None,
     num_kd_targets: Number | None = None,
@@ -143,6 +144,10 @@ def fused_sparse_kd_loss(
     Returns, Raises:
         As `fused_kd_loss`; ValueError also for another divergence than forward_kl where tail is False.
     """
+    terms = _Terms(
+        ignore_index, chunk_size, ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature,
+        num_targets=num_targets, kd_mask=kd_mask, num_kd_targets=num_kd_targets,
+    )  # fmt: skip
     if ids.shape != probabilities.shape:
         raise ValueError(
             f"ids: shape {tuple(ids.shape)}, the probabilities have {tuple(probabilities.shape)}"
@@ -155,25 +160,12 @@ def fused_sparse_kd_loss(
     if kd_mask is not None:  # these rows may hold anything, even what is no id
         ids, probabilities = (x.masked_fill(~kd_mask.unsqueeze(-1), 0) for x in (ids, probabilities))
 
-    def compare(student: _Student, rows: Rows, temperature: torch.Tensor | None) -> torch.Tensor:
+    def compare(student: Student, rows: Rows, temperature: torch.Tensor | None) -> torch.Tensor:
         if tail:
-            return _compare_buckets(chosen, student, ids[rows], probabilities[rows])
-        return _compare_drawn(student, ids[rows], probabilities[rows])
+            return compare_buckets(chosen, student, ids[rows], probabilities[rows])
+        return compare_drawn(student, ids[rows], probabilities[rows])
 
-    return _fused(
-        student_hidden,
-        student_head,
-        labels,
-        compare,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        ignore_index=ignore_index,
-        chunk_size=chunk_size,
-        num_targets=num_targets,
-        kd_mask=kd_mask,
-        num_kd_targets=num_kd_targets,
-    )
+    return _fused(student_hidden, student_head, labels, terms, compare)
 
 
 @_eager
@@ -184,105 +176,37 @@ def fused_cross_entropy(
     *,
     ce_weight: Number = 1.0,
     ignore_index: int = -100,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK,
     num_targets: Number | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """`ce_weight` CE, and its part `ce` without weights and graph. Args: see the top of this file."""
-    loss, parts = _fused(
-        hidden,
-        head,
-        labels,
-        ce_weight=ce_weight,
-        ignore_index=ignore_index,
-        chunk_size=chunk_size,
-        num_targets=num_targets,
-    )
+    terms = _Terms(ignore_index, chunk_size, ce_weight=ce_weight, num_targets=num_targets)
+    loss, parts = _fused(hidden, head, labels, terms)
     return loss, {"ce": parts["ce"]}
 
 
-@dataclass
-class _Student:
-    """The student's distributions at a chunk's tokens, in buffers: who compares them may overwrite both."""
+@dataclass(frozen=True)
+class _Terms:
+    """What the public functions are asked for, as at the top of this file."""
 
-    logits: torch.Tensor
-    """(rows, codes), at the temperature of the comparison."""
-    probabilities: torch.Tensor
-    """Their softmax; a comparison turns it into (1 - share) probabilities + share dD/dlogits."""
-    top: torch.Tensor
-    log_sum: torch.Tensor
-    """(rows, 1): log-probabilities are logits - top - log_sum; in this order a sure code keeps its digits."""
-    share: torch.Tensor | None
-    """(rows, 1), the divergence's share of the gradient; None: nobody asks for a gradient."""
+    ignore_index: int
+    chunk_size: int
+    ce_weight: Number
+    kd_weight: Number = 0.0
+    temperature: Number = 1.0
+    num_targets: Number | None = None
+    kd_mask: torch.Tensor | None = None
+    num_kd_targets: Number | None = None
 
-    def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
-        """(rows, k) int64 -> (rows, k)."""
-        return self.logits.gather(-1, ids) - self.top - self.log_sum
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size: {self.chunk_size} must be at least 1")
+        if not isinstance(self.temperature, torch.Tensor) and not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature} must be above 0")
 
 
-Comparison = Callable[[_Student, Rows, torch.Tensor | None], torch.Tensor]
+Comparison = Callable[[Student, Rows, torch.Tensor | None], torch.Tensor]
 """The student at some rows and their temperature, (rows, 1) or None for 1 -> the divergence D, (rows,)."""
-
-
-def _compare_forward_kl(student: _Student, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """`divergences.forward_kl` of finite logits and its gradient, in place, one exp a code and model."""
-    # KL(p || q) = sum p (log p - log q): the difference of the logits less that of their normalisers
-    difference = torch.sub(teacher_logits, student.logits, out=student.logits)
-    top, log_sum = _softmax(teacher_logits, out=teacher_logits)
-    values = difference.mul_(teacher_logits).sum(-1, keepdim=True)
-    if student.share is not None:
-        student.probabilities.addcmul_(teacher_logits, student.share, value=-1)  # dD/dlogits = q - p
-    return (values - (top - student.top) - (log_sum - student.log_sum)).squeeze(-1)
-
-
-def _compare(divergence: Divergence, student: _Student, teacher_logits: torch.Tensor) -> torch.Tensor:
-    values, gradient = _differentiate(divergence, student.logits, teacher_logits, student.share is not None)
-    if student.share is not None:
-        student.probabilities.lerp_(gradient, student.share)
-    return values
-
-
-def _compare_buckets(
-    divergence: Divergence, student: _Student, ids: torch.Tensor, probabilities: torch.Tensor
-) -> torch.Tensor:
-    """`divergence` over k codes and one bucket for the rest of the vocabulary."""
-    known = student.probabilities.gather(-1, ids)
-    # the rest is summed: 1 - the known ones would have no digits left where these are nearly all
-    rest = student.probabilities.scatter_(-1, ids, 0.0).sum(-1, keepdim=True)
-    rest = rest.clamp_min(torch.finfo(rest.dtype).tiny)
-    # rounded by a cache they may sum to a little more than 1
-    teacher = probabilities / probabilities.sum(-1, keepdim=True).clamp_min(1.0)
-    teacher_rest = (1.0 - teacher.sum(-1, keepdim=True)).clamp_min(0.0)
-    values, gradient = _differentiate(
-        divergence,
-        torch.cat([student.log_probabilities(ids), rest.log()], -1),
-        torch.cat([teacher, teacher_rest], -1).log(),
-        student.share is not None,
-    )
-    if student.share is not None:
-        keep, share = 1 - student.share, student.share
-        # the bucket's gradient reaches its codes by their shares of it
-        student.probabilities.mul_(keep + share * gradient[:, -1:] / rest)
-        student.probabilities.scatter_(-1, ids, keep * known + share * gradient[:, :-1])
-    return values
-
-
-def _compare_drawn(student: _Student, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    if student.share is not None:
-        student.probabilities.scatter_add_(-1, ids, -student.share * weights)
-    return -(weights * student.log_probabilities(ids)).sum(-1)
-
-
-def _differentiate(
-    divergence: Divergence, student_logits: torch.Tensor, teacher_logits: torch.Tensor, wanted: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows,) values and their gradient on the student's logits, (rows, codes) or empty if not `wanted`."""
-    if not wanted:
-        return divergence(student_logits, teacher_logits), student_logits.new_empty(0)
-    with torch.enable_grad():
-        student_logits = student_logits.detach().requires_grad_()
-        values = divergence(student_logits, teacher_logits)
-        (gradient,) = torch.autograd.grad(values.sum(), student_logits)
-    return values.detach(), gradient
 
 
 class _Projection:
@@ -334,7 +258,7 @@ class _Objective:
         """Logits (rows, codes), overwritten -> CE and T² D (rows, 1); the gradient, divided by the weight."""
         labels, share = self.labels[rows], self.share[rows]
         result, *warm = (buffer[: len(logits)] for buffer in self.buffers)
-        student = _Student(logits, result, *_softmax(logits, out=result), share if wanted else None)
+        student = Student.of(logits, share if wanted else None, out=result)
         ce = -student.log_probabilities(labels)
         if self.compare is None:
             kd = torch.zeros_like(ce)
@@ -343,8 +267,7 @@ class _Objective:
         else:
             temperature = self.temperature[rows]
             logits.div_(temperature)
-            alone = torch.ones_like(share) if wanted else None
-            student = _Student(logits, warm[0], *_softmax(logits, out=warm[0]), alone)
+            student = Student.of(logits, torch.ones_like(share) if wanted else None, out=warm[0])
             kd = self.compare(student, rows, temperature).unsqueeze(-1)
             if wanted:
                 result.lerp_(warm[0], share)
@@ -410,22 +333,10 @@ def _fused(
     hidden: torch.Tensor,
     head: torch.Tensor,
     labels: torch.Tensor,
+    terms: _Terms,
     compare: Comparison | None = None,
-    *,
-    temperature: Number = 1.0,
-    ce_weight: Number,
-    kd_weight: Number = 0.0,
-    ignore_index: int,
-    chunk_size: int,
-    num_targets: Number | None,
-    kd_mask: torch.Tensor | None = None,
-    num_kd_targets: Number | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The engine of all three: weights by token, rows by chunk, one pass over them."""
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: {chunk_size} must be at least 1")
-    if not isinstance(temperature, torch.Tensor) and not temperature > 0:
-        raise ValueError(f"temperature: {temperature} must be above 0")
     _check_length("hidden", hidden, labels)
     if not torch.is_grad_enabled():
         hidden, head = hidden.detach(), head.detach()
@@ -440,34 +351,34 @@ def _fused(
         _check_length(name, value, labels)
         return value.detach().to(dtype).unsqueeze(-1)
 
-    valid = labels != ignore_index
+    valid = labels != terms.ignore_index
     num_valid = int(valid.sum())
-    chunks: list[Rows] = [slice(i, i + chunk_size) for i in range(0, len(labels), chunk_size)]
+    chunks: list[Rows] = [slice(i, i + terms.chunk_size) for i in range(0, len(labels), terms.chunk_size)]
     if num_valid < len(labels):
-        chunks = list(valid.nonzero().squeeze(-1).split(chunk_size)) if num_valid else []
+        chunks = list(valid.nonzero().squeeze(-1).split(terms.chunk_size)) if num_valid else []
 
     taught = valid
-    if kd_mask is not None:
-        _check_length("kd_mask", kd_mask, labels)
-        taught = valid & kd_mask
+    if terms.kd_mask is not None:
+        _check_length("kd_mask", terms.kd_mask, labels)
+        taught = valid & terms.kd_mask
     excluded = ~taught.unsqueeze(-1)
     # 0 where a whole optimizer step has no target: 0 / 0 would be NaN
     ce_count, kd_count = (
         count.masked_fill(count == 0, 1.0)
         for count in (
-            scalar(num_valid if num_targets is None else num_targets),
-            scalar(taught.sum() if num_kd_targets is None else num_kd_targets),
+            scalar(num_valid if terms.num_targets is None else terms.num_targets),
+            scalar(taught.sum() if terms.num_kd_targets is None else terms.num_kd_targets),
         )
     )
-    ce_weights = per_token("ce_weight", ce_weight)
-    kd_weights = per_token("kd_weight", kd_weight).masked_fill(excluded, 0.0) * (ce_count / kd_count)
+    ce_weights = per_token("ce_weight", terms.ce_weight)
+    kd_weights = per_token("kd_weight", terms.kd_weight).masked_fill(excluded, 0.0) * (ce_count / kd_count)
     kd_scale, slope, temperatures = (~excluded).to(dtype), kd_weights, None
-    if isinstance(temperature, torch.Tensor) or temperature != 1:
-        temperatures = per_token("temperature", temperature).masked_fill(excluded, 1.0)
+    if isinstance(terms.temperature, torch.Tensor) or terms.temperature != 1:
+        temperatures = per_token("temperature", terms.temperature).masked_fill(excluded, 1.0)
         kd_scale = kd_scale * temperatures**2
         slope = slope * temperatures  # T² in front, 1/T from logits / T
     weight = ce_weights + slope
-    project = _Projection(head, min(chunk_size, max(1, num_valid)), dtype)
+    project = _Projection(head, min(terms.chunk_size, max(1, num_valid)), dtype)
     objective = _Objective(
         compare=compare,
         labels=labels.unsqueeze(-1),
@@ -482,13 +393,6 @@ def _fused(
     with torch.autocast(device.type, enabled=False):
         loss, ce, kd = _ChunkedLoss.apply(hidden, head, chunks, project, objective)
     return loss / ce_count, {"ce": ce / ce_count, "kd": kd / kd_count}
-
-
-def _softmax(logits: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax into `out`, which may be `logits`; top and log_sum (rows, 1), see `_Student`."""
-    top = logits.amax(-1, keepdim=True)
-    torch.softmax(logits, -1, out=out)
-    return top, -out.amax(-1, keepdim=True).log()  # at the top, log p is -log_sum: no second exp a code
 
 
 def _working_dtype(hidden: torch.Tensor, head: torch.Tensor) -> torch.dtype:

@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from delvm.distill.agreement import agreement, by_group
+from delvm.distill.agreement import agreement, by_group, sparse_agreement
 from delvm.distill.divergences import DIVERGENCES, Divergence, make_divergence
 from delvm.distill.fused import fused_cross_entropy, fused_kd_loss, fused_sparse_kd_loss
-from delvm.distill.on_policy import OnPolicyConfig, confidence, continue_pictures
+from delvm.distill.on_policy import (
+    OnPolicyConfig,
+    confidence,
+    continue_pictures,
+    last_picture,
+    on_policy_step,
+)
 from delvm.distill.teacher import PRECISIONS, Hidden, Live, Signal, serves
 from delvm.errors import UserError
 from delvm.pretrain import IGNORED, Pretrain, PretrainConfig, Step, forward_flops
@@ -52,6 +58,8 @@ class DistillConfig(PretrainConfig):
     """By task, in place of `temperature`."""
     teacher_precision: str = "auto"
     """Of a live teacher: `32`, `bf16`, or `auto`, bf16 where training is bf16-mixed."""
+    teacher_sharded: bool = False
+    """Share a live teacher's layers among the processes (FSDP): less memory, slower. One process has all."""
     on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
 
     def __post_init__(self) -> None:
@@ -153,7 +161,8 @@ class Distill(Pretrain):
         self.num_codes = num_codes or model.config.vocab_size
 
     def on_fit_start(self) -> None:
-        self.signal.to(self.device)
+        if self.distill.learns_from_teacher:  # else it never runs
+            self.signal.to(self.device)
 
     @property
     def progress(self) -> float:
@@ -161,19 +170,26 @@ class Distill(Pretrain):
         return min(1.0, self.global_step / max(1, self.steps - 1))
 
     def count(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
-        counts = super().count(batch)
+        counts, step = super().count(batch), Step.of(batch)
         if self.distill.kd_on == "annotations":
-            step = Step.of(batch)
             counts["num_kd_targets"] = int((step.valid & (step.of_targets("roles") == ANNOTATION)).sum())
+        if self.distill.on_policy.share:
+            valid = step.valid.view(step.inputs.shape)
+            picture = last_picture(batch["places"])
+            own = valid[:, picture.start - 1 : picture.stop - 1]  # labels stand one further left
+            counts["num_true_targets"] = int(valid.sum() - own.sum())
         return counts
 
     def training_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if not self.distill.on_policy.share:
+        own = self.distill.on_policy
+        if not on_policy_step(self.global_step, own.share):
             return super().training_step(batch)
         # of step and micro-batch alone, so that a run that stops and goes on draws the same
         seed = self.global_step * 1_000_003 + int(batch["tokens"].sum())
         parts = super().training_step(
-            continue_pictures(self.model, batch, self.distill.on_policy, self.num_codes, seed)
+            continue_pictures(
+                self.model, batch, temperature=own.temperature, num_codes=self.num_codes, seed=seed
+            )
         )
         self._seen = batch  # what is told of a training is told of true rows
         return parts
@@ -217,9 +233,8 @@ class Distill(Pretrain):
                 hidden, head, target.ids, target.probabilities, step.labels, tail=target.tail, **options
             )
         if drawn is not None:  # its curve is that of true codes, as any other model's
-            true = step.labels.masked_fill(drawn, IGNORED)
-            mean = fused_cross_entropy(hidden.detach(), head.detach(), true)[1]["ce"]
-            parts["ce"] = mean / self.micro_batches  # its share of the step's
+            true, num_true = step.labels.masked_fill(drawn, IGNORED), self.total(step, "num_true_targets")
+            parts |= fused_cross_entropy(hidden.detach(), head.detach(), true, num_targets=num_true)[1]
         return {"loss": loss, **parts}
 
     def by_task(self, step: Step, value: float, values: Mapping[str, float]) -> float | torch.Tensor:
@@ -231,22 +246,32 @@ class Distill(Pretrain):
 
     @property
     def flops_per_token(self) -> float:
-        teacher = forward_flops(self.signal.model) if isinstance(self.signal, Live) else 0.0
-        return super().flops_per_token + teacher
+        if not (isinstance(self.signal, Live) and self.distill.learns_from_teacher):
+            return super().flops_per_token
+        return super().flops_per_token + forward_flops(self.signal.model, self.row_length)
 
     @torch.no_grad()
     def diagnose(self) -> dict[str, float]:
-        """`loss/TASK`; with a live teacher KL, agreement, entropies by task and part of the picture."""
-        found = super().diagnose()
-        if not found or self._seen is None or not self.distill.learns_from_teacher:
+        """`loss/TASK`; and by task and part of the picture how far student and teacher agree.
+
+        A live teacher tells `agreement`'s scores, a cache what `sparse_agreement` gets of it.
+        """
+        found, batch = super().diagnose(), self._seen
+        # no question of what is labelled here: of a sharded teacher all processes must ask
+        if batch is None or "tasks" not in batch or not self.distill.learns_from_teacher:
             return found
-        step = Step.of(self._seen)
-        target = self.signal.targets(step.batch)
+        step, target = Step.of(batch), self.signal.targets(batch)
+        student = self.hidden(step), self.model.lm_head.weight
         if isinstance(target, Hidden):
-            scores = agreement(self.hidden(step), self.model.lm_head.weight, target.hidden, target.head)
-            tasks, places = step.of_targets("tasks"), step.of_targets("places")
-            found |= by_group(scores, tasks, places, step.valid, self.tasks)
-        return found
+            scores = agreement(*student, target.hidden, target.head)
+        else:
+            assert self.signal.temperature is not None
+            scores = sparse_agreement(
+                *student, target.ids, target.probabilities, tail=target.tail,
+                temperature=self.signal.temperature,
+            )  # fmt: skip
+        tasks, places = step.of_targets("tasks"), step.of_targets("places")
+        return found | by_group(scores, tasks, places, step.valid, self.tasks)
 
 
 def _named(config: DistillConfig, key: str) -> dict[str, float]:

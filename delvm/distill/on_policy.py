@@ -8,9 +8,11 @@ tokens out.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
+from delvm.distill.fused import CHUNK
 from delvm.generation import complete
 
 
@@ -19,9 +21,9 @@ class OnPolicyConfig:
     """Off by default: a picture is drawn code by code, which costs many times a step."""
 
     share: float = 0.0
-    """Probability that a row's last picture is the student's own."""
+    """Of the steps: in these, all rows end in a picture of the student's own."""
     temperature: float = 1.0
-    """At which it is drawn."""
+    """At which it is drawn; the loss has its own."""
     confidence: float = 0.0
     """The teacher's highest probability has to reach this for a token of such a picture to count."""
 
@@ -33,47 +35,52 @@ class OnPolicyConfig:
             raise ValueError(f"on_policy.temperature: {self.temperature} must be above 0 and finite")
 
 
+def on_policy_step(step: int, share: float) -> bool:
+    """Whether a step is one of those, with all its rows: one process that draws keeps all of them waiting."""
+    return bool(np.random.default_rng(step).random() < share)
+
+
+def last_picture(places: torch.Tensor) -> slice:
+    """Where the last picture of every row stands. places: (rows, length), see `delvm.tokens.rows`."""
+    first = places[0]
+    start = int(torch.nonzero(first == 0)[-1])
+    return slice(start, start + int(first.max()) + 1)
+
+
 def continue_pictures(
     model: LlamaForCausalLM,
     batch: dict[str, torch.Tensor],
-    config: OnPolicyConfig,
+    *,
+    temperature: float,
     num_codes: int,
     seed: int,
 ) -> dict[str, torch.Tensor]:
-    """The batch with the last picture of some rows drawn by `model`.
+    """The batch with the last picture of every row drawn by `model`.
 
     Args:
         model: the student.
         batch: `tokens` and `places`, (rows, length) int64; every row is one sentence.
-        config: how many rows, and how they are drawn.
+        temperature: at which it draws.
         num_codes: ids from here up are never drawn.
-        seed: of both.
+        seed: of the draws.
 
     Returns:
         The batch, another dict, with new `tokens` and with `drawn` (rows, length) bool: the tokens that the
         student has drawn.
     """
-    tokens, places = batch["tokens"], batch["places"][0]
-    generator = torch.Generator().manual_seed(seed)
-    chosen = (torch.rand(len(tokens), generator=generator) < config.share).to(tokens.device)
+    picture, tokens = last_picture(batch["places"]), batch["tokens"].clone()
     drawn = torch.zeros_like(tokens, dtype=torch.bool)
-    if not chosen.any():
-        return {**batch, "drawn": drawn}
-    start, size = int(torch.nonzero(places == 0)[-1]), int(places.max()) + 1
-    picture = slice(start, start + size)
-    codes = complete(
-        model, tokens[chosen, :start], size, num_codes, temperature=config.temperature, seed=seed
-    )
-    tokens = tokens.clone()
-    tokens[chosen, picture] = codes.to(tokens.device)
-    drawn[chosen, picture] = True
-    labels = {}
+    drawn[:, picture] = True
+    size = picture.stop - picture.start
+    codes = complete(model, tokens[:, : picture.start], size, num_codes, temperature=temperature, seed=seed)
+    tokens[:, picture] = codes.to(tokens.device)
+    found = {**batch, "tokens": tokens, "drawn": drawn}
     if "labels" in batch:  # what was to be learnt there now is the new code
-        labels["labels"] = torch.where(drawn & (batch["labels"] >= 0), tokens, batch["labels"])
-    return {**batch, **labels, "tokens": tokens, "drawn": drawn}
+        found["labels"] = torch.where(drawn & (batch["labels"] >= 0), tokens, batch["labels"])
+    return found
 
 
 @torch.no_grad()
-def confidence(hidden: torch.Tensor, head: torch.Tensor, *, chunk_size: int = 512) -> torch.Tensor:
+def confidence(hidden: torch.Tensor, head: torch.Tensor, *, chunk_size: int = CHUNK) -> torch.Tensor:
     """(tokens,) float32: the highest probability at each. hidden: (tokens, width), head: (codes, width)."""
     return torch.cat([(part @ head.T).float().softmax(-1).amax(-1) for part in hidden.split(chunk_size)])

@@ -9,10 +9,12 @@ from typing import Protocol, Self
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaModel
 
+from delvm import ranks
 from delvm.distill.divergences import DIVERGENCES
 from delvm.errors import UserError
+from delvm.training import compile_layers
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16}
 
@@ -97,6 +99,9 @@ class Live:
         model: taken over; frozen, and cast to `precision` in place.
         precision: `32` or `bf16`, of weights and activations. An autocast around does not reach in.
         compile: run the layers under torch.compile; the first batch of a shape then takes a minute.
+        sharded: each process keeps its part of every layer from `to` on, and has the others' parts only while
+            the layer runs: less memory, slower, the same values. All processes must ask for targets equally
+            often. Of one process the part is the whole: it changes nothing there.
 
     Raises:
         ValueError: an unknown precision.
@@ -105,16 +110,28 @@ class Live:
     kind = "live"
     temperature: float | None = None
 
-    def __init__(self, model: LlamaForCausalLM, *, precision: str = "32", compile: bool = False) -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        *,
+        precision: str = "32",
+        compile: bool = False,
+        sharded: bool = False,
+    ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision: '{precision}' is unknown; choices: {', '.join(PRECISIONS)}")
         self.model = cast(model.requires_grad_(False).eval(), PRECISIONS[precision])
         self.precision = precision
         self.vocabulary: int = model.config.vocab_size
-        self._layers = torch.compile(model.model) if compile else model.model
+        self._to_share = sharded and ranks.world() > 1
+        if compile:
+            compile_layers(model)  # one by one, so that shared ones may come and go in between
 
     def to(self, device: torch.device) -> Self:
-        """Move the teacher's weights."""
+        """Move the teacher's weights; those to be shared are shared now, layer by layer."""
+        if self._to_share:  # before the rest moves: no device ever holds all layers
+            shard_layers(self.model.model, device)
+            self._to_share = False
         self.model.to(device)
         return self
 
@@ -127,7 +144,7 @@ class Live:
         tokens, positions = batch["tokens"], batch.get("positions")
         self.model.eval()  # whoever else holds it may have trained it on
         with torch.autocast(tokens.device.type, enabled=False):
-            states = self._layers(
+            states = self.model.model(
                 tokens[:, :-1],
                 position_ids=None if positions is None else positions[:, :-1],
                 use_cache=False,
@@ -146,3 +163,20 @@ def cast(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
     # made anew: they may have come rounded
     model.model.rotary_emb = type(rotary)(model.config).to(rotary.inv_freq.device)
     return model
+
+
+def shard_layers(model: LlamaModel, device: torch.device) -> None:
+    """Leave this process its part of every decoder layer, on `device` (FSDP: Zhao et al. 2023), in place.
+
+    Embedding and last norm stay whole: the loss reads the embedding where the head is tied to it.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks.world(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    # nothing of the model around them is shared, but it knows their order: on a GPU the next one's weights
+    # come while a layer runs
+    whole = {*model.embed_tokens.parameters(), *model.norm.parameters()}
+    fully_shard(model, mesh=mesh, ignored_params=whole)

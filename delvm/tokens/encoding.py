@@ -8,13 +8,14 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from delvm import ranks
 from delvm.images.sources import SPLITS, Views
 from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
 from delvm.tokenizer import Tokenizer
 from delvm.tokenizer.training import to_pictures
 from delvm.tokens import lines
 from delvm.tokens.store import Layout, code_dtype, write_manifest
-from delvm.training import leave_stopping_to_us
+from delvm.training import leave_stopping_to_us, plain_errors
 
 BATCH = 128  # pictures
 
@@ -49,8 +50,8 @@ def write_store(
     *,
     seed: int,
     num_workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
+    rank: int | None = None,
+    world: int | None = None,
 ) -> None:
     """Write the shards that are not there yet, and the manifest once all are.
 
@@ -62,9 +63,13 @@ def write_store(
         views: the other tasks' views, `views[split][task]`.
         seed: of the splits.
         num_workers: processes that read and augment.
-        rank, world: this process and how many there are; each writes every `world`-th shard, and the one that
-            finds all of them whole writes the manifest.
+        rank, world: this process and how many there are; None: as `delvm.ranks` knows them. Each writes every
+            `world`-th shard, and the first the manifest when all have.
+
+    Raises:
+        UserError: shards of other processes are missing.
     """
+    rank, world = ranks.rank() if rank is None else rank, ranks.world() if world is None else world
     dtype = code_dtype(tokenizer.num_codes)
     layouts = {}
     for task in tasks:
@@ -97,9 +102,21 @@ def write_store(
                 batch_size=max(1, BATCH // layout.shape[2]), num_workers=num_workers,
                 worker_init_fn=leave_stopping_to_us,
             )  # fmt: skip
-            layout.write_all(numbers, encode(tokenizer, loader, bar.update))
-    if any(layout.missing() for layout in layouts.values()):
-        return  # other processes are at them
+            with plain_errors():
+                layout.write_all(numbers, encode(tokenizer, loader, bar.update))
+    ranks.barrier()
+    ranks.on_first(lambda: _end(folder, tokenizer, tasks, layouts))
+
+
+def _end(
+    folder: Path,
+    tokenizer: Tokenizer,
+    tasks: Mapping[str, TaskConfig],
+    layouts: Mapping[tuple[str, str], Layout],
+) -> None:
+    """Give a whole store its manifest."""
+    for layout in layouts.values():
+        layout.check_whole()
     about = {
         task: {"source": config.source, "policy": config.policy, "make": config.make,
                **{split: layouts[task, split].describe() for split in SPLITS}}

@@ -94,7 +94,7 @@ class TrainingSentences(Dataset):
     def _epoch(self, number: int) -> Epoch:
         if number not in self._epochs:
             if len(self._epochs) == 2:
-                del self._epochs[min(self._epochs)]
+                del self._epochs[next(iter(self._epochs))]  # the one composed first
             self._epochs[number] = self._compose_epoch(number)
         return self._epochs[number]
 

@@ -3,16 +3,21 @@
 A store is a folder: `manifest.json` and, for each task and split, a folder `TASK.SPLIT` with shards
 `00000.npy`, `00001.npy`, ... of shape (samples, views, images, tokens), uint16 (uint32 beyond 65,536 codes),
 and `classes.npy` where the samples have classes. A shard is whole or not there, so that many processes write
-side by side and a killed one is gone on from.
+side by side, each its own shards, and a killed one is gone on from. What is written goes to disk block by
+block: a shard may be larger than the memory.
 """
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from mmap import mmap
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -136,59 +141,110 @@ class Layout:
         """The samples of a shard."""
         return range(number * self.shard, min((number + 1) * self.shard, self.shape[0]))
 
+    def shard_shape(self, number: int) -> tuple[int, int, int, int]:
+        """The shape of a shard."""
+        return (len(self.samples(number)), *self.shape[1:])
+
+    @property
+    def num_bytes(self) -> int:
+        """What all shards' files take."""
+        headers = (len(_header(self.shard_shape(number), self.dtype)) for number in range(self.num_shards))
+        return math.prod(self.shape) * self.dtype.itemsize + sum(headers)
+
     def missing(self, rank: int = 0, world: int = 1) -> list[int]:
         """The shards that process `rank` of `world` has yet to write."""
         return [number for number in range(rank, self.num_shards, world) if not self.path(number).exists()]
 
-    def write(self, number: int, codes: np.ndarray) -> None:
-        """Write a shard whole or not at all. codes: (samples, views, images, tokens) integers."""
-        shape = (len(self.samples(number)), *self.shape[1:])
-        assert codes.shape == shape, (codes.shape, shape)
-        _save(self.path(number), codes.astype(self.dtype))
+    def check_whole(self) -> None:
+        """Refuse to end what is not all there: asked once every process has written its own shards.
 
-    def write_all(self, numbers: Sequence[int], rows: Iterable[np.ndarray]) -> None:
-        """Write these shards from rows in their order, each (any number of views, images, tokens)."""
-        views = self.shape[1]
-        rows, held = iter(rows), np.empty((0, *self.shape[2:]), self.dtype)
+        Raises:
+            UserError: shards are missing.
+        """
+        if missing := self.missing():
+            raise UserError(
+                f"{self.folder}: {len(missing)} of {self.num_shards} shards are missing, the first"
+                f" {self.path(missing[0]).name}; other processes should have written them, do all machines"
+                " share the folder? The same command goes on from here"
+            )
+
+    def write_all(self, numbers: Sequence[int], blocks: Iterable[np.ndarray]) -> None:
+        """Write these shards, each whole or not at all, from blocks of any length that follow one another.
+
+        Blocks need not end where shards do. Never more than two are held, no shard is.
+
+        Args:
+            numbers: of the shards, in the order in which the blocks come.
+            blocks: (any number of views, images, tokens) integers.
+        """
+        blocks, block = iter(blocks), np.empty((0, *self.shape[2:]), self.dtype)
         for number in numbers:
-            wanted = len(self.samples(number)) * views
-            parts, have = [held], len(held)
-            while have < wanted:
-                batch = next(rows, None)
-                assert batch is not None, "fewer rows than samples"
-                parts.append(batch.astype(self.dtype))
-                have += len(batch)
-            codes = np.concatenate(parts)
-            self.write(number, codes[:wanted].reshape(-1, *self.shape[1:]))
-            held = codes[wanted:]
-        assert len(held) == 0, "more rows than samples"
-        assert next(rows, None) is None, "more rows than samples"
+            shape = self.shard_shape(number)
+            left = shape[0] * shape[1]
+            with _whole(self.path(number)) as file:
+                file.write(_header(shape, self.dtype))
+                while left:
+                    if not len(block):
+                        following = next(blocks, None)
+                        assert following is not None, "fewer rows than samples"
+                        block = following
+                        assert block.shape[1:] == self.shape[2:], (block.shape, self.shape)
+                    part, block = block[:left], block[left:]
+                    file.write(np.ascontiguousarray(part, self.dtype).data)
+                    left -= len(part)
+        assert not len(block), "more rows than samples"
+        assert not any(map(len, blocks)), "more rows than samples"
 
     def write_classes(self, classes: np.ndarray) -> None:
         """Write the class of every sample, (samples,) integers."""
         assert classes.shape == self.shape[:1], (classes.shape, self.shape)
-        _save(self.folder / "classes.npy", classes)
+        with _whole(self.folder / "classes.npy") as file:
+            file.write(_header(classes.shape, classes.dtype))
+            file.write(np.ascontiguousarray(classes).data)
 
     def describe(self) -> dict:
         """The grid's part of the manifest, checksums read from the files; every shard must be there."""
         digests = [_digest(self.path(number)) for number in range(self.num_shards)]
         return {"shape": list(self.shape), "shard": self.shard, "sha256": digests}
 
+    def open(self) -> Grid:
+        """Map all shards.
 
-def _save(file: Path, array: np.ndarray) -> None:
-    """Write an array whole or not at all."""
+        Raises:
+            UserError: one that is missing, cut short or of another shape or type.
+        """
+        shapes = map(self.shard_shape, range(self.num_shards))
+        return Grid([_load(self.path(n), shape, self.dtype) for n, shape in enumerate(shapes)])
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[BinaryIO]:
+    """What is written to here becomes the file when it is whole, and nothing otherwise."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # named by process: a second writer of the same file would write the same
+    for left in file.parent.glob(f".{file.stem}.*.partial"):  # by a process that was killed
+        left.unlink(missing_ok=True)
     partial = file.with_name(f".{file.stem}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as data:
-            np.lib.format.write_array_header_1_0(data, np.lib.format.header_data_from_array_1_0(array))
-            # not np.save, nor a memory map: where the disk is full by the last few bytes, the one says
-            # nothing, and the other kills the process
-            data.write(np.ascontiguousarray(array).data)
-        os.replace(partial, file)
+        # not np.save, nor a memory map: where the disk is full by the last few bytes, the one says nothing,
+        # and the other kills the process
+        with partial.open("wb") as opened:
+            yield opened
+            opened.flush()
+            os.fsync(opened.fileno())
+        try:
+            os.replace(partial, file)
+        except FileNotFoundError as error:  # taken for one that was left
+            raise UserError(f"{file}: another run writes it at the same time") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """What stands before the data of an `.npy` file."""
+    header = BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    return header.getvalue()
 
 
 def _digest(file: Path) -> str:
@@ -219,8 +275,7 @@ def open_store(folder: Path, *, tokenizer: str = "") -> TokenStore:
     if tokenizer and tokenizer != written:
         raise UserError(f"{folder}: written by tokenizer {written}, this one is {tokenizer}")
     grids = {
-        split: {task: _open_grid(layout) for task, layout in parts.items()}
-        for split, parts in layouts.items()
+        split: {task: layout.open() for task, layout in parts.items()} for split, parts in layouts.items()
     }
     classes = {
         split: {
@@ -261,7 +316,7 @@ def verify(folder: Path) -> int:
             try:
                 found, size = _digest(path), path.stat().st_size
             except OSError as error:
-                raise UserError(f"{path}: unreadable token grid ({error.strerror})") from error
+                raise UserError(f"{path}: unreadable array ({error.strerror})") from error
             if found != written:
                 raise UserError(f"{path}: damaged, its content is not what was written (another sha256)")
             total += size
@@ -300,17 +355,8 @@ def _load(file: Path, shape: tuple[int, ...], dtype: np.dtype | None = None) -> 
     try:
         array = np.lib.format.open_memmap(file, mode="r")  # which refuses pickled objects
     except Exception as error:  # what a damaged header raises depends on where it is damaged
-        raise UserError(f"{file}: unreadable token grid ({error})") from error
+        raise UserError(f"{file}: unreadable array ({error})") from error
     if array.shape != shape or array.dtype != (dtype or array.dtype) or array.dtype.kind not in "iu":
         wanted = f"{dtype or 'integers'} {list(shape)}"
         raise UserError(f"{file}: {array.dtype} {list(array.shape)}, the manifest says {wanted}")
     return array
-
-
-def _open_grid(layout: Layout) -> Grid:
-    return Grid(
-        [
-            _load(layout.path(number), (len(layout.samples(number)), *layout.shape[1:]), layout.dtype)
-            for number in range(layout.num_shards)
-        ]
-    )

@@ -1,0 +1,159 @@
+"""A recipe -> what it is given instead of training it, and the sizes that follow."""
+
+from functools import cached_property
+from pathlib import Path
+
+from transformers import LlamaConfig
+
+from delvm import llama
+from delvm.distill.cache import weights_hash
+from delvm.errors import UserError
+from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
+from delvm.pretrain import PretrainConfig
+from delvm.recipe import Recipe
+from delvm.tokenizer import Tokenizer
+from delvm.training import check_batch_size
+
+ROLES = ("teacher", "scratch", "student")
+
+
+class Given:
+    """Tokenizer and teacher of a recipe, and the codes, ids and models that everything else is made for."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of `tokenizer.folder`; None where one is trained.
+
+        Raises:
+            UserError: it cannot be loaded, or is for pictures of another size.
+        """
+        folder, size = self.recipe.tokenizer.folder, self.recipe.data.image_size
+        if not folder:
+            return None
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.image_size != size:
+            raise UserError(
+                f"tokenizer.folder: '{folder}' is for {tokenizer.image_size} px, data.image_size is {size}"
+            )
+        return tokenizer
+
+    @cached_property
+    def teacher(self) -> LlamaConfig | None:
+        """The configuration of `teacher.folder`; None where a teacher is trained.
+
+        Raises:
+            UserError: it cannot be read, or is for another vocabulary.
+        """
+        folder = self.recipe.teacher.folder if self.recipe.teacher else ""
+        if not folder:
+            return None
+        config = llama.load_config(folder)
+        if config.vocab_size != self.vocabulary:
+            raise UserError(
+                f"teacher.folder: '{folder}' has {config.vocab_size} ids, codes and special ids here are"
+                f" {self.vocabulary}"
+            )
+        return config
+
+    @cached_property
+    def teacher_hash(self) -> str:
+        """What tells the weights of `teacher.folder` from others; "" where a teacher is trained."""
+        folder = self.recipe.teacher.folder if self.recipe.teacher else ""
+        return weights_hash(Path(folder)) if folder else ""
+
+    @property
+    def image_tasks(self) -> dict[str, TaskConfig]:
+        """The tasks that come as pictures, or are drawn."""
+        return {task: c for task, c in self.recipe.tasks.items() if c.source not in TOKEN_SOURCES}
+
+    @property
+    def token_tasks(self) -> dict[str, TaskConfig]:
+        """The tasks that come as tokens."""
+        return {task: c for task, c in self.recipe.tasks.items() if c.source in TOKEN_SOURCES}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one picture."""
+        if self.tokenizer:
+            return self.tokenizer.num_tokens
+        return (self.recipe.data.image_size // self.recipe.tokenizer.factor) ** 2
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of the tokenizer."""
+        return self.tokenizer.num_codes if self.tokenizer else self.recipe.tokenizer.num_codes
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids of the models: the codes, and BOS and EOS where sentences have them."""
+        return max(self.num_codes - 1, *(self.recipe.sentences.ends(self.num_codes) or (0,))) + 1
+
+    @property
+    def models(self) -> list[str]:
+        """The roles that the recipe has a model for, the student last."""
+        return [role for role in ROLES if getattr(self.recipe, role) is not None]
+
+    def training_config(self, role: str) -> PretrainConfig:
+        """The size, steps and batches of a role; the scratch control has the student's."""
+        config = self.recipe.teacher if role == "teacher" else self.recipe.student
+        assert config is not None
+        return config
+
+    def model_config(self, role: str, positions: int) -> LlamaConfig:
+        """The architecture of a role that reads `positions` tokens; the scratch control has the student's."""
+        if role == "teacher" and self.teacher:
+            return self.teacher
+        bos, eos = self.recipe.sentences.ends(self.num_codes) or (None, None)
+        size = self.training_config(role).size
+        return llama.configuration(size, self.vocabulary, positions, bos=bos, eos=eos)
+
+    @property
+    def teacher_precision(self) -> str:
+        """Of a live teacher: `32` or `bf16`."""
+        student = self.recipe.student
+        assert student is not None
+        mixed = "bf16" if self.recipe.trainer.precision == "bf16-mixed" else "32"
+        return mixed if student.teacher_precision == "auto" else student.teacher_precision
+
+    @property
+    def teacher_sharded(self) -> bool:
+        """Whether processes share the layers of a live teacher."""
+        return self.recipe.student is not None and self.recipe.student.teacher_sharded
+
+    def check(self) -> None:
+        """Refuse models that cannot be trained so, before anything runs.
+
+        Raises:
+            UserError: a teacher of another vocabulary; steps that processes and micro-batches cannot share; a
+                cache of more codes or rows than there are.
+        """
+        recipe, cache, student = self.recipe, self.recipe.cache, self.recipe.student
+        for key, model in (("teacher", recipe.teacher), ("student", student)):
+            if model and not model.folder:
+                check_batch_size(f"{key}.batch_size", model.batch_size, recipe.trainer.accumulate)
+        _ = self.teacher
+        if cache and student:
+            if cache.kind == "topk" and cache.codes > self.vocabulary:
+                raise UserError(
+                    f"cache.count: {cache.codes}, codes and special ids here are {self.vocabulary}"
+                )
+            if cache.rows > student.steps * student.batch_size:
+                raise UserError(
+                    f"cache.rows: {cache.rows}, the student sees {student.steps * student.batch_size}"
+                )
+
+    def check_positions(self, positions: int) -> None:
+        """Refuse rows that are longer than what a given teacher takes.
+
+        Raises:
+            UserError: they are.
+        """
+        if self.teacher and self.teacher.max_position_embeddings < positions:
+            raise UserError(
+                f"teacher.folder: '{self.training_config('teacher').folder}' takes"
+                f" {self.teacher.max_position_embeddings} tokens, rows and sentences here have up to"
+                f" {positions}"
+            )
