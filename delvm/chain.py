@@ -9,6 +9,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from delvm import console, llama, ranks, teach
 from delvm import recipe as recipes
+from delvm.distill.cache import MANIFEST
 from delvm.errors import UserError
 from delvm.evaluate import held_out, prompting
 from delvm.export import export
@@ -52,7 +53,8 @@ class Run:
             pl.seed_everything(recipe.seed, verbose=False)
             module = tokenizer_training.TokenizerTraining(config, recipe.data.image_size)
             most = max(entry["pictures"] for entry in material.manifest.values())
-            samples = max(1, config.batch_size // most)
+            # as many for every process
+            samples = max(1, config.batch_size // (most * ranks.world())) * ranks.world()
             teach.train_and_log(
                 "tokenizer", module, Shuffled(views, config.steps * samples, recipe.seed),
                 # its codes are moving averages over whole batches
@@ -112,7 +114,9 @@ class Run:
         """Visual sentences and the teacher -> the student."""
         config = self.recipe.cache
         cache = Path(config.folder or self.dir / "cache") if config else None
-        teach.teach(self.material, folder, cache)
+        if cache and not ranks.on_first((cache / MANIFEST).is_file):
+            self.cache(folder)  # a shared one that has gone since this run's stage found it
+        teach.teach_student(self.material, folder, cache)
         return {}
 
     def evaluate(self, folder: Path) -> dict:

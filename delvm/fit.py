@@ -3,7 +3,7 @@
     python -m delvm.fit recipes/quickstart.yaml
     python -m delvm.fit recipes/pairs.yaml tasks.edges.images=photos tasks.edges.annotations=drawings seed=1
     python -m delvm.fit recipes/quickstart.yaml --dry-run
-    torchrun --nproc-per-node 8 -m delvm.fit recipes/quickstart.yaml
+    torchrun --nproc-per-node 2 -m delvm.fit recipes/quickstart.yaml
 
 Sections of a recipe: data, tasks.NAME, balance, tokenizer, sentences, teacher, scratch, cache, student,
 prompting, trainer. recipe.yaml in any run folder shows every key with its value; the Config classes say what

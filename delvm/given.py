@@ -118,23 +118,24 @@ class Given:
         mixed = "bf16" if self.recipe.trainer.precision == "bf16-mixed" else "32"
         return mixed if student.teacher_precision == "auto" else student.teacher_precision
 
-    @property
-    def teacher_sharded(self) -> bool:
-        """Whether processes share the layers of a live teacher."""
-        return self.recipe.student is not None and self.recipe.student.teacher_sharded
-
     def check(self) -> None:
         """Refuse models that cannot be trained so, before anything runs.
 
         Raises:
             UserError: a teacher of another vocabulary; steps that processes and micro-batches cannot share; a
-                cache of more codes or rows than there are.
+                shared cache within the run; a cache of more codes or rows than there are.
         """
         recipe, cache, student = self.recipe, self.recipe.cache, self.recipe.student
         for key, model in (("teacher", recipe.teacher), ("student", student)):
             if model and not model.folder:
                 check_batch_size(f"{key}.batch_size", model.batch_size, recipe.trainer.accumulate)
         _ = self.teacher
+        run_dir = Path(recipe.run_dir).resolve()
+        if cache and cache.folder and Path(cache.folder).resolve().is_relative_to(run_dir):
+            raise UserError(
+                f"cache.folder: '{cache.folder}' lies in run_dir, whose stages replace each other; choose a"
+                " folder elsewhere, or leave it empty for a cache of this run alone"
+            )
         if cache and student:
             if cache.kind == "topk" and cache.codes > self.vocabulary:
                 raise UserError(

@@ -56,14 +56,15 @@ def live_teacher(
 ) -> Memory:
     """A frozen teacher that runs beside the student.
 
-    precision: `32` or `bf16`. processes: how many share its layers; each holds one whole while it runs.
+    precision: `32` or `bf16`. processes: how many share its layers; each holds one whole that runs, and one
+    that is on its way.
     """
     tokens, size = rows * length, FP32 if precision == "32" else BF16
     logits = min(CHUNK, tokens) * config.vocab_size * (FP32 + _copy(size))
     states = tokens * config.hidden_size * size
     layer = _layer_parameters(config)
     shared = layer * config.num_hidden_layers
-    held = count_parameters(config) - shared + shared // processes + (layer if processes > 1 else 0)
+    held = count_parameters(config) - shared + shared // processes + (2 * layer if processes > 1 else 0)
     return Memory(size * held, _passing(config, size) * tokens + states + logits)
 
 

@@ -167,7 +167,7 @@ class Pretrain(pl.LightningModule):
     def losses(self, step: Step, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """`loss` to minimise, and its parts. hidden: (tokens, width), of the model's last layer."""
         loss, parts = fused_cross_entropy(
-            hidden, self.model.lm_head.weight, step.labels, num_targets=self.total(step, "num_targets")
+            hidden, self.model.lm_head.weight, step.labels, num_targets=step.batch.get("num_targets")
         )
         return {"loss": loss, **parts}
 
@@ -180,10 +180,6 @@ class Pretrain(pl.LightningModule):
     def hidden(self, step: Step) -> torch.Tensor:
         """(tokens, width): the states that the head turns into logits."""
         return hidden_states(self.model, step.inputs, step.positions).flatten(0, 1)
-
-    def total(self, step: Step, key: str) -> torch.Tensor | None:
-        """A count over the step's micro-batches, the mean of all processes; None: the losses count."""
-        return step.batch.get(key)
 
     @property
     def row_length(self) -> int:

@@ -87,6 +87,10 @@ class Recipe:
                 serves(self.cache.kind, self.student.divergence)
             except UserError as error:
                 raise ValueError(f"student.{error}") from error
+            if not self.student.learns_from_teacher:
+                raise ValueError("cache: student.kd_weight is 0, nobody would read what the teacher says")
+            if self.student.teacher_sharded:
+                raise ValueError("student.teacher_sharded: a student that reads a cache has no live teacher")
             if self.student.on_policy.share:
                 raise ValueError("student.on_policy: the student's own pictures need a teacher, no cache")
             if set(self.student.task_temperatures.values()) - {self.student.temperature}:

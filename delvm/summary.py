@@ -76,7 +76,8 @@ def show_memory(given: Given, plan: Plan) -> None:
         needs = {role: memory.training(given.model_config(role, plan.positions), trainer, **shape)}
         if role == "student":
             teacher = given.model_config("teacher", plan.positions)
-            sharing = ranks.world() if given.teacher_sharded else 1
+            student = given.recipe.student
+            sharing = ranks.world() if student and student.teacher_sharded else 1
             live = memory.live_teacher(teacher, given.teacher_precision, **shape, processes=sharing)
             needs = {"student, live teacher": needs[role] + live, "student, cached teacher": needs[role]}
         micro_batch = f"{share} row{'s' * (share > 1)}"

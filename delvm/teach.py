@@ -82,7 +82,7 @@ def cached(material: Material, folder: Path) -> tuple[Cached, CachedRows]:
     return Cached(cache), CachedRows(rows_of(material, "student"), cache)
 
 
-def teach(material: Material, folder: Path, cache: Path | None) -> None:
+def teach_student(material: Material, folder: Path, cache: Path | None) -> None:
     """Train the student in `folder`, from the teacher itself or from its cache."""
     config = material.recipe.student
     assert config is not None

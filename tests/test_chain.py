@@ -606,6 +606,11 @@ def test_runs_share_a_cache(copy, tmp_path, capsys):
         curves.append(json.loads((run_dir / "student" / "curve.json").read_text()))
     assert set(written) == {"manifest.json", "00000.npy"}
     assert curves[0] == curves[1] != curves[2]
+    # it is gone: the student has it written again
+    shutil.rmtree(tmp_path / "said")
+    overrides = [*given, said, "scratch=null", f"run_dir={tmp_path / 'two'}", "student.learning_rate=2e-4"]
+    assert fit.run(copy[0], overrides) == 0
+    assert {path.name for path in (tmp_path / "said").iterdir()} == set(written)
     # another order of the sentences
     overrides = [*given, said, "seed=1", f"run_dir={tmp_path / 'other'}"]
     capsys.readouterr()
@@ -680,6 +685,16 @@ def test_a_student_learns_from_its_own_pictures(copy, capsys):
         assert (one["kd"] == two["kd"]) == (one["step"] <= first)
     assert before[-1]["step"] > first
     assert all(0 < point["kd"] < math.inf for point in after)
+
+
+def test_a_shared_cache_lies_outside_of_the_run(micro, capsys):
+    run_dir = micro.parent / "run"
+    assert fit.run(micro, [f"run_dir={run_dir}", f"cache={{count: 5, folder: {run_dir / 'cache'}}}"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: cache.folder: '{run_dir / 'cache'}' lies in run_dir, whose stages replace each other;"
+        " choose a folder elsewhere, or leave it empty for a cache of this run alone\n"
+    )
+    assert not run_dir.exists()
 
 
 def test_a_step_that_cannot_be_shared_is_told_first(micro, capsys):

@@ -91,8 +91,8 @@ def test_weights_gradients_and_moments_take_16_bytes_a_parameter():
     assert checkpointed.weights == 16 * size + 2 * matrices / 22
     assert live_teacher(config, "bf16", **shape).weights == 2 * size
     assert live_teacher(config, "32", **shape).weights == 4 * size
-    # of eight processes each holds an eighth of the layers and one whole
-    shared = size - matrices + matrices // 8 + matrices // 22
+    # of eight processes each holds an eighth of the layers, and two whole
+    shared = size - matrices + matrices // 8 + 2 * matrices // 22
     assert live_teacher(config, "32", **shape, processes=8).weights == 4 * shared
 
 

@@ -360,6 +360,14 @@ def test_a_section_is_a_mapping(write, key, value):
             " choices: forward_kl",
         ),
         (
+            ["cache.kind=topk", "student.kd_weight=0"],
+            "cache: student.kd_weight is 0, nobody would read what the teacher says",
+        ),
+        (
+            ["cache.kind=topk", "student.teacher_sharded=true"],
+            "student.teacher_sharded: a student that reads a cache has no live teacher",
+        ),
+        (
             ["cache.kind=topk", "student.on_policy.share=0.5"],
             "student.on_policy: the student's own pictures need a teacher, no cache",
         ),

@@ -190,7 +190,8 @@ def test_the_comparison_of_objectives(micro, tmp_path, monkeypatch, capsys):
     chosen = json.loads((tmp_path / "run" / "distill-tuned.json").read_text())
     assert list(chosen) == ["forward_kl", "scratch", "cached, sampled 12"]  # plain KL first
     arm_folder = tmp_path / "run" / "seed100" / "distill" / "arms"
-    for arm, (weight, rate) in chosen.items():
+    for arm, entry in chosen.items():
+        weight, rate = entry["weight"], entry["rate"]
         # its two neighbours were tried as well, and are worse
         name = arm.replace(" ", "_").replace(",", "")
         scores = [
@@ -207,14 +208,15 @@ def test_the_comparison_of_objectives(micro, tmp_path, monkeypatch, capsys):
     assert set(scores) == {"teacher", *arms[1:]}
     loss = scores["forward_kl"]["pose"]
     assert f"{loss:.3f} ({loss:.3f}-{loss:.3f})" in said
-    # scores of another recipe are not taken for this one's
-    before = set((tmp_path / "run" / "seed3").rglob("arms/*.json"))
-    longer = [where, "student.steps=7", "--seeds", "3", "--arms", "scratch"]
-    assert run_tool(compare_distill, monkeypatch, micro, *longer) == 0
-    assert len(set((tmp_path / "run" / "seed3").rglob("arms/*.json")) - before) == 1
+    # neither weights and rates nor scores of another recipe are taken for this one's
+    before = set((tmp_path / "run" / "seed100").rglob("arms/*.json"))
+    longer = [where, "student.steps=7"]
+    assert run_tool(compare_distill, monkeypatch, micro, *longer, "--seeds", "3", "--arms", "scratch") == 2
+    assert "no weight and rate for scratch under these settings" in capsys.readouterr().err
+    assert run_tool(compare_distill, monkeypatch, micro, *longer, "--tune", "--arms", "scratch") == 0
+    assert len(set((tmp_path / "run" / "seed100").rglob("arms/*.json")) - before) >= 3
     # a teacher read from memory is the teacher: the same student as a recipe's own run
-    weight, rate = chosen["forward_kl"]
-    own = {"kd_weight": weight, "learning_rate": rate}
+    own = {"kd_weight": chosen["forward_kl"]["weight"], "learning_rate": chosen["forward_kl"]["rate"]}
     overrides = [f"student.{key}={value}" for key, value in own.items()]
     assert fit.run(micro, ["seed=3", f"run_dir={tmp_path / 'own'}", *overrides]) == 0
     metrics = json.loads((tmp_path / "own" / "metrics.json").read_text())

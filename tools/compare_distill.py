@@ -18,7 +18,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,22 @@ ARMS: dict[str, dict[str, Any]] = {
     "on-policy 0.25": {"on_policy": OnPolicyConfig(share=0.25)},
     "on-policy 0.25, confidence 0.5": {"on_policy": OnPolicyConfig(share=0.25, confidence=0.5)},
 }
+
+
+def arm_settings(recipe: recipes.Recipe, arm: str) -> list:
+    """What an arm's training depends on, but for seed, data and teacher."""
+    machine = [recipe.trainer.precision, recipe.trainer.averaging]
+    return [str(ARMS[arm]), str(recipe.sentences), str(recipe.student), *machine]
+
+
+def tuned_key(recipe: recipes.Recipe, arm: str) -> str:
+    """What the best weight and rate of an arm depend on: all but the seed."""
+    return hashed(str(recipe.tasks), str(recipe.tokenizer), str(recipe.teacher), arm_settings(recipe, arm))
+
+
+def hashed(*parts: Any) -> str:
+    """8 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
 
 class Remembered(Live):
@@ -90,9 +106,7 @@ class Seed:
 
     def key(self, arm: str) -> str:
         """Of all that an arm depends on: a recipe that changed must not meet the scores of the old one."""
-        assert self.recipe.student is not None
-        made_of = [self.teacher_key, asdict(self.recipe.sentences), asdict(self.recipe.student)]
-        return hashlib.sha256(json.dumps([*made_of, str(ARMS[arm])], sort_keys=True).encode()).hexdigest()[:8]
+        return hashed(self.teacher_key, arm_settings(self.recipe, arm))
 
     def loss(self, arm: str, weight: float, rate: float) -> dict[str, float]:
         """Held-out loss by task of one arm."""
@@ -148,7 +162,7 @@ def bracket(score: Callable[[float], float], start: float, factor: float) -> flo
     return best
 
 
-def tune(seed: Seed, arms: list[str], chosen: dict[str, list[float]], keep: Callable[[], None]) -> None:
+def tune(seed: Seed, arms: list[str], chosen: dict[str, dict], keep: Callable[[], None]) -> None:
     """Add weight and rate of every arm to `chosen`; `keep` is called after each."""
 
     def mean(arm: str, weight: float, rate: float) -> float:
@@ -160,11 +174,12 @@ def tune(seed: Seed, arms: list[str], chosen: dict[str, list[float]], keep: Call
 
     rows = []
     for arm in arms:
-        weight, rate = chosen.get(PLAIN, [WEIGHT, RATE])  # near which most arms end
+        plain = chosen.get(PLAIN, {"weight": WEIGHT, "rate": RATE})  # near which most arms end
+        weight, rate = plain["weight"], plain["rate"]
         if arm != "scratch":
             weight = bracket(lambda x, arm=arm, rate=rate: mean(arm, x, rate), weight, 4.0)  # type: ignore[misc]
         rate = bracket(lambda x, arm=arm, weight=weight: mean(arm, weight, x), rate, 2.0)  # type: ignore[misc]
-        chosen[arm] = [weight, rate]
+        chosen[arm] = {"weight": weight, "rate": rate, "key": tuned_key(seed.recipe, arm)}
         keep()
         rows.append((arm, f"{weight:g}", f"{rate:g}", f"{mean(arm, weight, rate):.3f}"))
     table(f"tuning, seed {TUNING_SEED}", ["arm", "KD weight", "rate", "mean loss"], rows)
@@ -200,7 +215,8 @@ def main() -> int:
     parser.add_argument("--tune", action="store_true", help="weight and rate of every arm, on a seed apart")
     options = parser.parse_intermixed_args()
     try:
-        root = Path(recipes.load(options.recipe, options.overrides).run_dir)
+        recipe = recipes.load(options.recipe, options.overrides)
+        root = Path(recipe.run_dir)
         file = root / "distill-tuned.json"
         chosen = json.loads(file.read_text()) if file.exists() else {}
         if options.tune:
@@ -209,13 +225,19 @@ def main() -> int:
             arms = sorted(options.arms, key=lambda arm: arm != PLAIN)
             tune(seed, arms, chosen, lambda: write_atomic(file, json.dumps(chosen, indent=1) + "\n"))
             return 0
-        if unknown := [arm for arm in options.arms if arm not in chosen]:
-            raise UserError(f"{file}: has no weight and rate for {', '.join(unknown)}; run --tune first")
+        keys = {arm: tuned_key(recipe, arm) for arm in options.arms}
+        if unknown := [arm for arm, key in keys.items() if chosen.get(arm, {}).get("key") != key]:
+            raise UserError(
+                f"{file}: has no weight and rate for {', '.join(unknown)} under these settings;"
+                " run --tune first"
+            )
         scores: dict[int, dict[str, dict[str, float]]] = {}
         for number in options.seeds:
             seed = Seed(options.recipe, options.overrides, number)
             scores[number] = {"teacher": seed.teacher_loss()}
-            scores[number] |= {arm: seed.loss(arm, *chosen[arm]) for arm in options.arms}
+            scores[number] |= {
+                arm: seed.loss(arm, chosen[arm]["weight"], chosen[arm]["rate"]) for arm in options.arms
+            }
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

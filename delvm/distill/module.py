@@ -201,7 +201,7 @@ class Distill(Pretrain):
         ce_weights = self.by_task(
             step, ce_weight, {k: ce_weight * v for k, v in config.task_ce_weights.items()}
         )
-        num_targets = self.total(step, "num_targets")
+        num_targets = step.batch.get("num_targets")
         if not config.learns_from_teacher:  # the teacher would run for nothing
             loss, parts = fused_cross_entropy(
                 hidden, head, step.labels, ce_weight=ce_weights, num_targets=num_targets
@@ -217,15 +217,16 @@ class Distill(Pretrain):
             ),
             "num_targets": num_targets,
             "kd_mask": step.of_targets("roles") == ANNOTATION if only else None,
-            "num_kd_targets": self.total(step, "num_kd_targets") if only else num_targets,
+            "num_kd_targets": step.batch.get("num_kd_targets") if only else num_targets,
         }
         target = self.signal.targets(step.batch)
         drawn = step.of_targets("drawn") if "drawn" in step.batch else None
         if drawn is not None:
             assert isinstance(target, Hidden)
             options["ce_weight"] = ce_weights * ~drawn  # no code is the true one there
-            sure = confidence(target.hidden, target.head) >= config.on_policy.confidence
-            options["kd_weight"] = options["kd_weight"] * (sure | ~drawn)
+            if config.on_policy.confidence:
+                sure = confidence(target.hidden, target.head) >= config.on_policy.confidence
+                options["kd_weight"] = options["kd_weight"] * (sure | ~drawn)
         if isinstance(target, Hidden):
             loss, parts = fused_kd_loss(hidden, head, target.hidden, target.head, step.labels, **options)
         else:
@@ -233,7 +234,7 @@ class Distill(Pretrain):
                 hidden, head, target.ids, target.probabilities, step.labels, tail=target.tail, **options
             )
         if drawn is not None:  # its curve is that of true codes, as any other model's
-            true, num_true = step.labels.masked_fill(drawn, IGNORED), self.total(step, "num_true_targets")
+            true, num_true = step.labels.masked_fill(drawn, IGNORED), step.batch.get("num_true_targets")
             parts |= fused_cross_entropy(hidden.detach(), head.detach(), true, num_targets=num_true)[1]
         return {"loss": loss, **parts}
 
