@@ -180,7 +180,7 @@ class Run:
             Stage("scratch", [recipe.scratch, *start, *learning], ["tokens"], self.scratch, together=True),
             Stage("cache", [recipe.cache, *said, rows, *machine], ["tokens", "teacher"], self.cache,
                   together=True),
-            Stage("student", [learnt, *learning],
+            Stage("student", [learnt, given.start_hash, *learning],
                   ["tokens", "teacher", *(["cache"] if recipe.cache else [])], self.student, together=True),
             Stage("evaluate", [recipe.sentences, recipe.prompting], ["tokens", *given.models], self.evaluate),
             Stage("export", [recipe.name], ["evaluate"], self.export),

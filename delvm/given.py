@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 
 from delvm import llama
 from delvm.distill.cache import weights_hash
+from delvm.distill.slice import check, check_ends
 from delvm.errors import UserError
 from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
 from delvm.pretrain import PretrainConfig
@@ -15,6 +16,11 @@ from delvm.tokenizer import Tokenizer
 from delvm.training import check_batch_size
 
 ROLES = ("teacher", "scratch", "student")
+SHAPE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings",
+)  # fmt: skip
+"""What two models must have in common for one to have the other's weights."""
 
 
 class Given:
@@ -62,6 +68,12 @@ class Given:
     def teacher_hash(self) -> str:
         """What tells the weights of `teacher.folder` from others; "" where a teacher is trained."""
         folder = self.recipe.teacher.folder if self.recipe.teacher else ""
+        return weights_hash(Path(folder)) if folder else ""
+
+    @cached_property
+    def start_hash(self) -> str:
+        """The same of `student.start_folder`."""
+        folder = self.recipe.student.start_folder if self.recipe.student else ""
         return weights_hash(Path(folder)) if folder else ""
 
     @property
@@ -122,14 +134,16 @@ class Given:
         """Refuse models that cannot be trained so, before anything runs.
 
         Raises:
-            UserError: a teacher of another vocabulary; steps that processes and micro-batches cannot share; a
-                shared cache within the run; a cache of more codes or rows than there are.
+            UserError: a teacher of another vocabulary; a student that cannot be cut from it, or is not of the
+                size of what it starts from; steps that processes and micro-batches cannot share; a shared
+                cache within the run; a cache of more codes or rows than there are.
         """
         recipe, cache, student = self.recipe, self.recipe.cache, self.recipe.student
         for key, model in (("teacher", recipe.teacher), ("student", student)):
             if model and not model.folder:
                 check_batch_size(f"{key}.batch_size", model.batch_size, recipe.trainer.accumulate)
         _ = self.teacher
+        self._check_start()
         run_dir = Path(recipe.run_dir).resolve()
         if cache and cache.folder and Path(cache.folder).resolve().is_relative_to(run_dir):
             raise UserError(
@@ -158,3 +172,23 @@ class Given:
                 f" {self.teacher.max_position_embeddings} tokens, rows and sentences here have up to"
                 f" {positions}"
             )
+
+    def _check_start(self) -> None:
+        student = self.recipe.student
+        if student is None or student.start == "random":
+            return
+        wanted = self.model_config("student", 1)  # how much they read is no matter here
+        if student.start == "checkpoint":
+            found = llama.load_config(student.start_folder)
+            for key in SHAPE:
+                if getattr(found, key) != getattr(wanted, key):
+                    raise UserError(
+                        f"student.start_folder: '{student.start_folder}' has {key} {getattr(found, key)}, the"
+                        f" student here {getattr(wanted, key)}"
+                    )
+            return
+        refuse = check if student.start == "slice" else check_ends
+        try:
+            refuse(self.model_config("teacher", 1), wanted)
+        except UserError as error:
+            raise UserError(f"student.start: '{student.start}' of this teacher: {error}") from error

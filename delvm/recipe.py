@@ -150,6 +150,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for section in (recipe.tokenizer, recipe.teacher, recipe.cache):
         if section and section.folder:
             section.folder = str(Path(section.folder).expanduser())
+    if recipe.student and recipe.student.start_folder:
+        recipe.student.start_folder = str(Path(recipe.student.start_folder).expanduser())
     return recipe
 
 

@@ -8,8 +8,10 @@ from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM
 
 from delvm import llama, ranks
+from delvm.callbacks import CHECKPOINT
 from delvm.distill.cache import CacheConfig, Cached, CachedRows, open_cache, weights_hash, write_cache
 from delvm.distill.module import Distill
+from delvm.distill.slice import slice_embedding, slice_student
 from delvm.distill.teacher import Live, Signal
 from delvm.material import Material
 from delvm.pretrain import Pretrain
@@ -33,6 +35,24 @@ def new_model(material: Material, role: str) -> LlamaForCausalLM:
         seed=seed_of(given.recipe, role),
         scheme=given.training_config(role).init,
     )
+
+
+def first_weights(material: Material) -> LlamaForCausalLM:
+    """The student before its first step, as `student.start` says."""
+    config, folder = material.recipe.student, material.run_dir / "teacher"
+    assert config is not None
+    if config.start == "checkpoint":
+        return llama.load(config.start_folder).float().train()
+    model = new_model(material, "student")
+    if config.start == "random":
+        return model
+    rows = rows_of(material, "student")
+    number = min(len(rows), -(-config.start_tokens // rows.length))
+    sentences = rows.__getitems__(range(number))["tokens"]
+    teacher = llama.load(folder).float().to(material.recipe.trainer.device())
+    if config.start == "slice":
+        return slice_student(teacher, model.config, sentences, layers=config.start_layers)
+    return slice_embedding(teacher, model.config, sentences, seed_of(material.recipe, "student"))
 
 
 def rows_of(material: Material, role: str) -> TrainingSentences:
@@ -94,6 +114,10 @@ def teach_student(material: Material, folder: Path, cache: Path | None) -> None:
         signal = live_teacher(material, sharded=config.teacher_sharded)
         rows = rows_of(material, "student")
     model = new_model(material, "student")
+    # of several processes all take the weights of the first, as those of a run that goes on are replaced
+    if ranks.is_first() and not (folder / CHECKPOINT).exists():
+        model = first_weights(material)
+    ranks.barrier()
     module = Distill(model, signal, config, material.tasks, material.given.num_codes)
     train_model(material, "student", module, rows, folder)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,14 +15,15 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from delvm import fit, llama, plan, recipe
+from delvm import fit, llama, plan, recipe, teach
 from delvm.distill.on_policy import on_policy_step
+from delvm.distill.slice import slice_embedding, slice_student
 from delvm.evaluate import likelihood
 from delvm.given import ROLES, Given
 from delvm.images import augment
 from delvm.images.listing import Entries
 from delvm.images.sources import held_out
-from delvm.material import open_samples
+from delvm.material import Material, open_samples
 from delvm.tokenizer import Tokenizer
 from delvm.tokens import formats, sentences
 from delvm.tokens.store import open_store
@@ -685,6 +687,76 @@ def test_a_student_learns_from_its_own_pictures(copy, capsys):
         assert (one["kd"] == two["kd"]) == (one["step"] <= first)
     assert before[-1]["step"] > first
     assert all(0 < point["kd"] < math.inf for point in after)
+
+
+def _first(curve):
+    return json.loads((curve / "student" / "curve.json").read_text())[0]
+
+
+def test_a_student_starts_from_its_teacher(copy, tmp_path, capsys):
+    recipe_file, run = copy
+    random = _first(run)
+    # of the teacher's own size it is the teacher
+    sliced = ["student.start=slice", "student.size=tiny", "trainer.log_every=1", "scratch=null"]
+    assert again(copy, *sliced, capsys=capsys) == ["student", "evaluate", "export"]
+    assert _first(run)["step"] == 1
+    assert abs(_first(run)["kd"]) < 1e-6 < random["kd"]
+    learnt = load_file(run / "student" / "model.safetensors")
+    # of another: what the functions make of the training sentences
+    manifest = json.loads((run / "data" / "manifest.json").read_text())
+    teacher, pieces = llama.load(run / "teacher"), []
+    for start in ("slice", "embedding"):
+        settings = [f"student.start={start}", "student.start_tokens=200", f"run_dir={tmp_path}"]
+        material = Material(Given(recipe.load(recipe_file, settings)), manifest, run / "data", run)
+        rows = teach.rows_of(material, "student").__getitems__(range(4))["tokens"]  # of 66 tokens
+        config = material.given.model_config("student", 66)
+        pieces.append(teach.first_weights(material).state_dict())
+        cut = slice_student if start == "slice" else partial(slice_embedding, seed=1)
+        expected = cut(teacher, config, rows).state_dict()
+        assert all(torch.equal(pieces[-1][name], weight) for name, weight in expected.items())
+    assert not torch.equal(*(piece["model.layers.0.mlp.up_proj.weight"] for piece in pieces))
+    # from where another student ended
+    other = tmp_path / "other"
+    shutil.copytree(run / "student", other)
+    overrides = ["student.start=checkpoint", f"student.start_folder={other}", *sliced[1:]]
+    overrides.append("student.learning_rate=1e-12")
+    assert again(copy, *overrides, capsys=capsys) == ["student", "evaluate", "export"]
+    found = load_file(run / "student" / "model.safetensors")
+    assert all(torch.allclose(found[name], weight, atol=1e-8) for name, weight in learnt.items())
+    llama.save(llama.build("tiny", 18, 66, seed=7), other)  # another checkpoint under its name
+    assert again(copy, *overrides, capsys=capsys) == ["student", "evaluate", "export"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["student.start=slice", "student.size=tiny-192"],
+            "student.start: 'slice' of this teacher: hidden_size: 192 is more than the teacher has; at most"
+            " 128",
+        ),
+        (
+            ["student.start=embedding", "student.size=tiny-192"],
+            "student.start: 'embedding' of this teacher: hidden_size: 192 is more than the teacher has; at"
+            " most 128",
+        ),
+        (
+            ["student.start=checkpoint", "student.start_folder=RUN/teacher"],
+            "student.start_folder: 'RUN/teacher' has hidden_size 128, the student here 32",
+        ),
+        (
+            ["student.start=checkpoint", "student.start_folder=nowhere"],
+            "nowhere: no such folder; expected a transformers folder with a Llama",
+        ),
+    ],
+)
+def test_a_start_that_cannot_be_is_told_first(finished, micro, capsys, overrides, message):
+    run = str(finished / "run")
+    for run_dir in (run, micro.parent / "run"):
+        given = [override.replace("RUN", run) for override in overrides]
+        assert fit.run(finished / "micro.yaml", [f"run_dir={run_dir}", *given]) == 2
+        assert capsys.readouterr().err == f"error: {message.replace('RUN', run)}\n"
+    assert not (micro.parent / "run").exists()
 
 
 def test_a_shared_cache_lies_outside_of_the_run(micro, capsys):

@@ -49,6 +49,7 @@ ORDER = [
     "distill.teacher",
     "distill.records",
     "distill.cache",
+    "distill.slice",
     "distill.agreement",
     "pretrain",
     "distill.on_policy",

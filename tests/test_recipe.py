@@ -360,6 +360,25 @@ def test_a_section_is_a_mapping(write, key, value):
             " choices: forward_kl",
         ),
         (
+            ["student.start=best"],
+            "student.start: 'best' is unknown; choices: random, slice, embedding, checkpoint",
+        ),
+        (
+            ["student.start_layers=some"],
+            "student.start_layers: 'some' is unknown; choices: greedy, even",
+        ),
+        (
+            ["student.start=checkpoint"],
+            "student.start_folder: '' with start 'checkpoint'; start: checkpoint needs one, no other takes"
+            " one",
+        ),
+        (
+            ["student.start_folder=old"],
+            "student.start_folder: 'old' with start 'random'; start: checkpoint needs one, no other takes"
+            " one",
+        ),
+        (["student.start_tokens=0"], "student.start_tokens: 0 must be at least 1"),
+        (
             ["cache.kind=topk", "student.kd_weight=0"],
             "cache: student.kd_weight is 0, nobody would read what the teacher says",
         ),

@@ -18,12 +18,14 @@ from delvm.distill.on_policy import (
     last_picture,
     on_policy_step,
 )
+from delvm.distill.slice import LAYERS
 from delvm.distill.teacher import PRECISIONS, Hidden, Live, Signal, serves
 from delvm.errors import UserError
 from delvm.pretrain import IGNORED, Pretrain, PretrainConfig, Step, forward_flops
 from delvm.tokens.sentences import ANNOTATION
 
 COURSES = ("linear", "cosine")
+STARTS = ("random", "slice", "embedding", "checkpoint")
 
 
 @dataclass
@@ -34,6 +36,16 @@ class DistillConfig(PretrainConfig):
     """
 
     size: str = "80m"
+    start: str = "random"
+    """Its first weights: `random`; of the teacher, what fits into it (`slice`) or embedding and head alone
+    (`embedding`); or another model's of its size (`checkpoint`)."""
+    start_folder: str = ""
+    """checkpoint: a transformers folder."""
+    start_layers: str = "greedy"
+    """slice: the teacher's layers that stay, where the student has fewer: those without which its loss rises
+    most (`greedy`), or evenly spaced ones (`even`), which takes no time."""
+    start_tokens: int = 12_000
+    """slice, embedding: tokens of training rows that the teacher is observed on."""
     ce_weight: float = 1.0
     kd_weight: float = 1.0
     ce_weight_end: float | None = None
@@ -65,12 +77,21 @@ class DistillConfig(PretrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for key, choices in (
+            ("start", STARTS),
+            ("start_layers", LAYERS),
             ("course", COURSES),
             ("kd_on", ("all", "annotations")),
             ("teacher_precision", ("auto", *PRECISIONS)),
         ):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}: '{getattr(self, key)}' is unknown; choices: {', '.join(choices)}")
+        if bool(self.start_folder) != (self.start == "checkpoint"):
+            raise ValueError(
+                f"start_folder: '{self.start_folder}' with start '{self.start}'; start: checkpoint needs one,"
+                " no other takes one"
+            )
+        if self.start_tokens < 1:
+            raise ValueError(f"start_tokens: {self.start_tokens} must be at least 1")
         temperatures = {"temperature": self.temperature} | _named(self, "task_temperatures")
         for key, value in temperatures.items():
             if not 0 < value < math.inf:
