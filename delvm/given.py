@@ -13,6 +13,7 @@ from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
 from delvm.pretrain import PretrainConfig
 from delvm.recipe import Recipe
 from delvm.tokenizer import Tokenizer
+from delvm.tokenizer import load as load_tokenizer
 from delvm.training import check_batch_size
 
 ROLES = ("teacher", "scratch", "student")
@@ -39,7 +40,7 @@ class Given:
         folder, size = self.recipe.tokenizer.folder, self.recipe.data.image_size
         if not folder:
             return None
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = load_tokenizer(folder)
         if tokenizer.image_size != size:
             raise UserError(
                 f"tokenizer.folder: '{folder}' is for {tokenizer.image_size} px, data.image_size is {size}"

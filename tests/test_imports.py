@@ -31,6 +31,7 @@ ORDER = [
     "callbacks",
     "training",
     "tokenizer.vqgan",
+    "tokenizer.published",
     "tokenizer.training",
     "tokens.balance",
     "tokens.formats",
@@ -152,5 +153,13 @@ def test_the_reader_sees_every_form_of_import(tmp_path):
         "from delvm.tokenizer import Tokenizer\n"
         "def later():\n    from delvm.training import train\n"
     )
-    expected = {"llama", "recipe", "tokens.balance", "tokens.store", "tokenizer.vqgan", "training"}
+    expected = {
+        "llama",
+        "recipe",
+        "tokens.balance",
+        "tokens.store",
+        "tokenizer.vqgan",
+        "tokenizer.published",
+        "training",
+    }
     assert imported(path) == expected

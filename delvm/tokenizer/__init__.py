@@ -1,5 +1,6 @@
 """Pictures <-> token grids."""
 
-from delvm.tokenizer.vqgan import Tokenizer, load
+from delvm.tokenizer.published import load
+from delvm.tokenizer.vqgan import Tokenizer
 
 __all__ = ["Tokenizer", "load"]

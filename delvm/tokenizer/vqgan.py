@@ -34,10 +34,16 @@ class Tokenizer(nn.Module):
     """
 
     def __init__(
-        self, vqgan: VQModel, patch: int, image_size: int, pixel_range: Sequence[float] = (-1.0, 1.0)
+        self,
+        vqgan: VQModel,
+        patch: int,
+        image_size: int,
+        pixel_range: Sequence[float] = (-1.0, 1.0),
+        unit_codes: bool = False,
     ) -> None:
         """vqgan: in_channels = out_channels = 3 * patch**2; image_size: side in pixels, a multiple of the
-        downsampling factor, patch * 2**(levels - 1); pixel_range: what the network reads for 0..1.
+        downsampling factor, patch * 2**(levels - 1); pixel_range: what the network reads for 0..1;
+        unit_codes: the codes have length 1, and latents are brought to it before the nearest is looked for.
 
         Raises ValueError where these do not fit together.
         """
@@ -58,6 +64,8 @@ class Tokenizer(nn.Module):
             raise ValueError(f"image_size: {image_size!r}, must be a positive multiple of {factor} pixels")
         if len(pixel_range) != 2 or not pixel_range[0] < pixel_range[1]:
             raise ValueError(f"pixel_range: {pixel_range!r}, must be two numbers, the lower first")
+        if not isinstance(unit_codes, bool):
+            raise ValueError(f"unit_codes: {unit_codes!r}, must be true or false")
         # decode() hands over ids, which diffusers looks up only with this set
         vqgan.register_to_config(lookup_from_codebook=True)
         self.vqgan = vqgan
@@ -65,6 +73,7 @@ class Tokenizer(nn.Module):
         self.factor = factor
         self.image_size = image_size
         self.pixel_range = (float(pixel_range[0]), float(pixel_range[1]))
+        self.unit_codes = unit_codes
 
     @property
     def num_codes(self) -> int:
@@ -72,12 +81,12 @@ class Tokenizer(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of codes of one picture."""
+        """Rows and columns of codes of one picture of image_size x image_size."""
         return self.image_size // self.factor, self.image_size // self.factor
 
     @property
     def num_tokens(self) -> int:
-        """Codes of one picture."""
+        """Codes of one picture of image_size x image_size."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -103,17 +112,24 @@ class Tokenizer(nn.Module):
         return {"vqgan": vqgan, **self._wrapper_settings()}
 
     def _wrapper_settings(self) -> dict[str, Any]:
-        return {"patch": self.patch, "image_size": self.image_size, "pixel_range": list(self.pixel_range)}
+        settings = {
+            "patch": self.patch,
+            "image_size": self.image_size,
+            "pixel_range": list(self.pixel_range),
+        }
+        # left out where it is not set: the hash of a tokenizer without it is older than the setting
+        return {**settings, "unit_codes": True} if self.unit_codes else settings
 
-    def to_latents(self, images: Tensor) -> Tensor:
+    def to_latents(self, images: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """(batch, 3, H, W) float in 0..1 -> (batch, code_dim, rows, columns) float, not yet codes.
 
-        Differentiable. Raises ValueError for another shape, size, type or range.
+        Differentiable. Raises ValueError for another shape, size, type or range. grid: see encode.
         """
-        self._check_images(images)
+        self._check_images(images, self._check_grid(grid))
         low, high = self.pixel_range
         pixels = (images * (high - low) + low).to(self.codebook.dtype)
-        return self.vqgan.encode(F.pixel_unshuffle(pixels, self.patch)).latents
+        latents = self.vqgan.encode(F.pixel_unshuffle(pixels, self.patch)).latents
+        return F.normalize(latents, dim=1) if self.unit_codes else latents
 
     def from_latents(self, latents: Tensor) -> Tensor:
         """(batch, code_dim, rows, columns) vectors of codes -> (batch, 3, H, W) float about 0..1.
@@ -128,22 +144,27 @@ class Tokenizer(nn.Module):
         return (F.pixel_shuffle(decoded, self.patch) - low) / (high - low)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """(batch, 3, H, W) float in 0..1 -> (batch, num_tokens) int64 in 0..num_codes-1.
+    def encode(self, images: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """(batch, 3, H, W) float in 0..1 -> (batch, tokens) int64 in 0..num_codes-1.
 
-        Each place gets the nearest code (L2). Raises ValueError for another shape, size, type or range.
+        Each place gets the nearest code (L2). grid: rows and columns of codes of pictures of another size
+        than image_size, (H / factor, W / factor); the network is convolutional and takes any.
+        Raises ValueError for another shape, size, type or range.
         """
-        latents = self.to_latents(images)
-        return self.vqgan.quantize(latents)[2][2].view(len(images), self.num_tokens)
+        rows, columns = self._check_grid(grid)
+        latents = self.to_latents(images, grid)
+        return self.vqgan.quantize(latents)[2][2].view(len(images), rows * columns)
 
     @torch.no_grad()
-    def decode(self, ids: Tensor) -> Tensor:
-        """(batch, num_tokens) int64 in 0..num_codes-1 -> (batch, 3, H, W) float in 0..1.
+    def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """(batch, tokens) int64 in 0..num_codes-1 -> (batch, 3, H, W) float in 0..1.
 
-        Raises ValueError for another shape, another type or an id that is no image code.
+        grid: as it was given to encode. Raises ValueError for another shape, another type or an id that is
+        no image code.
         """
-        if ids.ndim != 2 or ids.shape[1] != self.num_tokens:
-            raise ValueError(f"ids: shape {tuple(ids.shape)}, must be (batch, {self.num_tokens})")
+        rows, columns = self._check_grid(grid)
+        if ids.ndim != 2 or ids.shape[1] != rows * columns:
+            raise ValueError(f"ids: shape {tuple(ids.shape)}, must be (batch, {rows * columns})")
         if ids.dtype != torch.int64:
             raise ValueError(f"ids: {ids.dtype}, must be torch.int64")
         if ids.numel() and (ids.min() < 0 or ids.max() >= self.num_codes):
@@ -151,16 +172,23 @@ class Tokenizer(nn.Module):
                 f"ids: from {int(ids.min())} to {int(ids.max())}, image codes are 0..{self.num_codes - 1} "
                 "(special tokens are no pictures)"
             )
-        shape = (len(ids), *self.grid, self.codebook.shape[1])
+        shape = (len(ids), rows, columns, self.codebook.shape[1])
         decoded = self.vqgan.decode(ids, force_not_quantize=True, shape=shape).sample
         return self._to_unit(decoded).float().clamp(0.0, 1.0)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Pictures as the codes keep them: decode(encode(images))."""
-        return self.decode(self.encode(images))
+        return self.decode(self.encode(images, grid), grid)
 
-    def _check_images(self, images: Tensor) -> None:
-        expected = (3, self.image_size, self.image_size)
+    def _check_grid(self, grid: tuple[int, int] | None) -> tuple[int, int]:
+        if grid is None:
+            return self.grid
+        if len(grid) != 2 or min(grid) < 1:
+            raise ValueError(f"grid: {grid!r}, must be rows and columns of codes, at least 1 each")
+        return grid
+
+    def _check_images(self, images: Tensor, grid: tuple[int, int]) -> None:
+        expected = (3, grid[0] * self.factor, grid[1] * self.factor)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"images: shape {tuple(images.shape)}, must be (batch, {', '.join(map(str, expected))})"
@@ -185,7 +213,7 @@ class Tokenizer(nn.Module):
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":
-        """The tokenizer that save() wrote, in evaluation mode, on the CPU.
+        """The tokenizer that save() wrote, in evaluation mode, on the CPU; published.load takes others too.
 
         Reads safetensors and JSON, no pickle. Raises UserError for a missing folder or file and for a file
         that cannot be read.
@@ -196,20 +224,26 @@ class Tokenizer(nn.Module):
         missing = [name for name in _FILES if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{folder}: no {', '.join(missing)}; a tokenizer folder has {', '.join(_FILES)}")
-        wrapper = _read_json(folder / WRAPPER_CONFIG)
+        wrapper = read_json(folder / WRAPPER_CONFIG)
         try:
-            vqgan = VQModel.from_config(_read_json(folder / MODEL_CONFIG))
-            tokenizer = Tokenizer(vqgan, wrapper["patch"], wrapper["image_size"], wrapper["pixel_range"])
+            vqgan = VQModel.from_config(read_json(folder / MODEL_CONFIG))
+            tokenizer = Tokenizer(
+                vqgan,
+                wrapper["patch"],
+                wrapper["image_size"],
+                wrapper["pixel_range"],
+                wrapper.get("unit_codes", False),
+            )
         except KeyError as error:
             raise UserError(f"{folder / WRAPPER_CONFIG}: no key {error}") from error
         except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-            raise UserError(f"{folder}: the settings describe no tokenizer: {_one_line(error)}") from error
+            raise UserError(f"{folder}: the settings describe no tokenizer: {one_line(error)}") from error
         try:
             # from_pretrained would start missing tensors at random with only a warning
             vqgan.load_state_dict(load_file(folder / WEIGHTS), strict=True)
         except (SafetensorError, RuntimeError, OSError) as error:
             raise UserError(
-                f"{folder / WEIGHTS}: damaged, or not the weights of {MODEL_CONFIG}: {_one_line(error)}"
+                f"{folder / WEIGHTS}: damaged, or not the weights of {MODEL_CONFIG}: {one_line(error)}"
             ) from error
         return tokenizer.eval()
 
@@ -217,21 +251,16 @@ class Tokenizer(nn.Module):
 _FILES = (MODEL_CONFIG, WEIGHTS, WRAPPER_CONFIG)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {_one_line(error)}") from error
+        raise UserError(f"{path}: cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a JSON object of settings")
     return content
 
 
-def _one_line(error: Exception, limit: int = 200) -> str:
+def one_line(error: Exception, limit: int = 200) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= limit else text[:limit] + " ..."
-
-
-def load(path: str | Path) -> Tokenizer:
-    """The tokenizer in a folder; see Tokenizer.load."""
-    return Tokenizer.load(path)
