@@ -1,11 +1,12 @@
 """A size's name -> transformers' LlamaForCausalLM: build, count, save, load."""
 
 import difflib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from delvm import published
 from delvm.errors import UserError
 
 Result = TypeVar("Result")
@@ -197,64 +199,104 @@ def save(model: LlamaForCausalLM, folder: str | Path) -> None:
         raise OSError(f"{folder}: the model could not be written: {_one_line(error)}") from error
 
 
-def load_config(folder: str | Path) -> LlamaConfig:
-    """The configuration of a transformers folder of a Llama. Raises UserError as `load`; reads no weights."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a transformers folder with a Llama")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: has no config.json; expected a transformers folder with a Llama")
-    try:
-        found = LlamaConfig.get_config_dict(folder, local_files_only=True)[0]
-        kind, config = found.get("model_type"), LlamaConfig.from_dict(found)
-    except _UNREADABLE as error:
-        raise UserError(f"{folder}/config.json: cannot be read: {_one_line(error)}") from error
-    if kind != "llama":
-        raise UserError(f"{folder}: holds a model of type {kind!r}; expected 'llama'")
-    return config
+def load_config(
+    folder: str | Path, *, num_codes: int | None = None, bos: int | None = None, eos: int | None = None
+) -> LlamaConfig:
+    """The configuration that `load` gives its model. Raises as `load`; reads no weights."""
+    return _mend_specials(published.find(folder).config, num_codes, bos=bos, eos=eos)
 
 
-def load(folder: str | Path) -> LlamaForCausalLM:
-    """A transformers folder of a Llama -> the model on the CPU, in evaluation mode, in its saved precision.
+def load(
+    folder: str | Path, *, num_codes: int | None = None, bos: int | None = None, eos: int | None = None
+) -> LlamaForCausalLM:
+    """A folder that `delvm.published` knows -> the model on the CPU, in evaluation mode.
 
-    Reads safetensors only, runs no code from the folder and never asks the network. Raises UserError (one
-    line) for a missing folder, a folder without config.json or weights, another kind of model, or weights
-    that are damaged, missing or of another shape.
+    In its saved precision; of a checkpoint in InternLM's format, whose embedding is a product, in float32.
+    Takes the memory of one copy. Runs nothing of the folder and never asks the network.
+
+    Args:
+        folder: of a Llama by transformers (this project's, LVM's), or of DeLVM.
+        num_codes: ids below are image codes, and none of them stays a special id: published configurations
+            have inherited LLaMA's 1 and 2, and generation would end at code 2. None: of the ids below 3 alone
+            that is taken for granted.
+        bos, eos: the special ids instead of those in the folder.
+
+    Raises:
+        UserError: in one line, a missing folder, one without configuration or weights, another kind of model,
+            weights that are damaged, missing or of another shape, a pickle of anything but weights; special
+            ids that are image codes or no ids of the model.
     """
-    folder = Path(folder)
-    load_config(folder)
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder}: has no model.safetensors (other weight formats are not read)")
-    model, report = _quietly(lambda: _read(folder))
-    # a tied head is written once and never missing; whatever else is missing would be drawn at random
-    problems = [
-        f"{len(report[key])} tensors {words} (first: {_first(report[key])})"
-        for key, words in (
-            ("missing_keys", "missing"),
-            ("mismatched_keys", "of another shape"),
-            ("unexpected_keys", "unknown"),
-        )
-        if report.get(key)
-    ]
+    found = published.find(folder)
+    config = _mend_specials(found.config, num_codes, bos=bos, eos=eos)
+    try:
+        with torch.device("meta"):  # shapes alone: the weights' memory is that which they come in
+            model = LlamaForCausalLM(config)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # no weight, so in no file
+    except (*_UNREADABLE, ZeroDivisionError, AssertionError) as error:
+        raise UserError(
+            f"{folder}: {found.config_file.name} describes no model: {_one_line(error)}"
+        ) from error
+    problems = _fill(model, found.read())
     if problems:
-        raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+        raise UserError(f"{folder}: the weights do not fit {found.config_file.name}: {'; '.join(problems)}")
     return model.eval()
 
 
-_UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
+def _fill(model: LlamaForCausalLM, weights: published.Weights) -> list[str]:
+    """Give a model without memory its weights; returns what does not fit."""
+    expected = dict(model.named_parameters())  # a tied head is none of its own
+    missing, misshapen, untyped, unknown = set(expected), [], [], []
+    for name, tensor in weights:
+        if name.endswith("rotary_emb.inv_freq") or (name == HEAD and HEAD not in expected):
+            continue  # written by older transformers, which computed the one and tied the other as well
+        missing.discard(name)
+        if name not in expected:
+            unknown.append(name)
+        elif tensor.shape != expected[name].shape:
+            misshapen.append(name)
+        elif not tensor.is_floating_point():
+            untyped.append(name)
+        else:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor))
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    problems = {
+        "missing": missing,
+        "of another shape": misshapen,
+        "that are quantized": untyped,
+        "unknown": unknown,
+    }
+    if not any(problems.values()):  # of several types, the one that holds them all
+        common = functools.reduce(torch.promote_types, {p.dtype for p in model.parameters()})
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(common)
+    return [
+        f"{len(names)} tensors {words} (first: {min(names)})" for words, names in problems.items() if names
+    ]
 
 
-def _read(folder: Path) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    try:
-        return LlamaForCausalLM.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # load reports them by name
-        )
-    except _UNREADABLE as error:
-        raise UserError(f"{folder}: the model cannot be read: {_one_line(error)}") from error
+def _mend_specials(
+    config: LlamaConfig, num_codes: int | None, *, bos: int | None, eos: int | None
+) -> LlamaConfig:
+    """Take out special ids that are image codes or no ids at all, and put in those given; in place."""
+    vocabulary = config.vocab_size
+    codes = min(LEAST_CODES, vocabulary) if num_codes is None else num_codes
+    if not 0 <= codes <= vocabulary:
+        raise UserError(f"num_codes: {codes}, the model has {vocabulary} ids")
+    for key, special in (("bos", bos), ("eos", eos), ("pad", None)):
+        if special is not None and not codes <= special < vocabulary:
+            raise UserError(f"{key}: {special}, must be an id above the codes: {codes}..{vocabulary - 1}")
+        found = getattr(config, f"{key}_token_id") if special is None else special
+        listed = found if isinstance(found, list) else [found]
+        kept = [each for each in listed if isinstance(each, int) and codes <= each < vocabulary]
+        setattr(config, f"{key}_token_id", kept if len(kept) > 1 else kept[0] if kept else None)
+    return config
+
+
+HEAD = "lm_head.weight"
+LEAST_CODES = 3  # no codebook has fewer
+_UNREADABLE = (ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError)
 
 
 def _quietly(call: Callable[[], Result]) -> Result:
@@ -268,11 +310,6 @@ def _quietly(call: Callable[[], Result]) -> Result:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _first(keys: Any) -> str:
-    key = sorted(keys, key=str)[0]
-    return str(key[0] if isinstance(key, tuple) else key)
 
 
 def _one_line(error: BaseException) -> str:

@@ -67,7 +67,8 @@ class PretrainConfig(OptimizerConfig):
     init: str = "default"
     """How the first weights are drawn, from `delvm.llama.SCHEMES`: transformers' `default`, or `delvm`."""
     folder: str = ""
-    """teacher: a trained model's transformers folder to take instead; the other settings are then ignored."""
+    """teacher: a trained model's folder to take instead, this project's or one that `delvm.published` knows;
+    the other settings are then ignored."""
     steps: int = 40_000
     batch_size: int = 128
     """Sentences a step, over all processes."""

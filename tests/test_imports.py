@@ -41,6 +41,7 @@ ORDER = [
     "tokens.sentences",
     "tokens.rows",
     "tokens.online",
+    "published",
     "llama",
     "generation",
     "distill.divergences",

@@ -227,7 +227,7 @@ def _pickle(folder):
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read"),
         (lambda f: _edit(f, model_type="gpt2"), "holds a model of type 'gpt2'; expected 'llama'"),
-        (_pickle, "has no model.safetensors"),
+        (_pickle, "the weights do not fit config.json: 20 tensors missing"),
         (_truncate, "the model cannot be read"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "the model cannot be read"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 500), "the model cannot be read"),

@@ -28,6 +28,7 @@ SIZES = {  # of the paper's recipes: teacher and student
     "distill_1b_to_300m": ("1b", "300m"),
     "distill_1b_to_80m": ("1b", "80m"),
 }
+PUBLISHED = ["distill_delvm1b_to_80m", "distill_lvm7b_to_300m"]  # of published teachers
 PARAMETERS = {"80m": "83,429,888", "300m": "299,504,640", "1b": "1,164,191,744"}
 HEIGHT, WIDTH = 24, 40
 
@@ -121,7 +122,9 @@ def _header(path):
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_loads_again(path, given, tmp_path):
-    recipe = load(path, given if path.stem in SIZES else FOLDERS.get(path.stem, []))
+    published = ["teacher.folder=published"] if path.stem in PUBLISHED else []
+    of_paper = path.stem in SIZES or published
+    recipe = load(path, [*given, *published] if of_paper else FOLDERS.get(path.stem, []))
     assert recipe.name == path.stem
     assert recipe.teacher
     saved = tmp_path / "recipe.yaml"

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from delvm import ranks
+from delvm import published, ranks
 from delvm.distill.records import HASH_BYTES, Record, seal, unseal
 from delvm.distill.teacher import Live, Sparse
 from delvm.errors import UserError
@@ -89,9 +89,9 @@ def rows_hash(rows: TrainingSentences, num_rows: int) -> str:
 
 
 def weights_hash(folder: Path) -> str:
-    """16 hexadecimal digits that change with any weight in a transformers folder."""
+    """16 hexadecimal digits that change with any weight in a folder that `llama.load` takes."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(published.find(folder).files):
         with file.open("rb") as data:
             digest.update(hashlib.file_digest(data, "sha256").digest())
     return digest.hexdigest()[:16]
