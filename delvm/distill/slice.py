@@ -8,6 +8,7 @@ that contribute most, as in structured pruning (Minitron: Muralidharan et al. 20
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,8 +45,9 @@ def slice_student(
 
     Nothing is drawn at random: the same arguments on the same device give the same weights. With the
     teacher's own configuration its logits come back. Runs on the teacher's device and in its precision, with
-    statistics in float64: one pass over the sentences, with `refit` a second one and three of the student.
-    Beside the teacher it holds the student and a batch; `refit` also all sentences' states at one layer.
+    statistics in float64: one pass over the sentences, with `refit` a second one, and less than two of the
+    student. Beside the teacher it holds the student and a batch; `refit` also all sentences' states at one
+    layer.
 
     Where something must go, what stays is
 
@@ -418,27 +420,35 @@ def _refit(
                 whole[number] = _run(above, states)
             middle.append(given[0].float() @ basis)
         after = [states.float() @ basis for states in whole]
-        for norm, linear, goals in (
-            (layer.input_layernorm, layer.self_attn.o_proj, middle),
-            (layer.post_attention_layernorm, layer.mlp.down_proj, after),
-        ):
-            size = linear.in_features + (linear.bias is not None)
-            gram = torch.zeros(size, size, dtype=torch.float64, device=basis.device)
-            missing = gram.new_zeros(size, linear.out_features)
-            for states, goal in zip(small, goals, strict=True):
-                with _inputs(norm) as before, _inputs(linear) as given:
-                    _run(below, states)
-                error = (goal - before[0] - linear(given[0])).flatten(0, 1)
-                inputs = nn.functional.pad(given[0], (0, size - linear.in_features), value=1.0)
-                inputs = inputs.flatten(0, 1)
-                gram.add_(inputs.T @ inputs)
-                missing.add_(inputs.T @ error)
-            gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-            change = torch.linalg.solve(gram, missing).T
-            linear.weight.add_(change[:, : linear.in_features])
-            if linear.bias is not None:
-                linear.bias.add_(change[:, -1])
-        small = [_run(below, states) for states in small]
+        small = _fitted(layer.self_attn.o_proj, functools.partial(_run, below), small, middle)
+        small = _fitted(
+            layer.mlp.down_proj, nn.Sequential(layer.post_attention_layernorm, layer.mlp), small, after
+        )
+
+
+def _fitted(
+    linear: nn.Linear, run: Callable[[Tensor], object], stream: list[Tensor], goals: list[Tensor]
+) -> list[Tensor]:
+    """Fit `linear`, whose inputs come up while `run` reads the stream, so that adding its outputs to the
+    stream comes near the goals. Returns the stream with them."""
+    size = linear.in_features + (linear.bias is not None)
+    gram = torch.zeros(size, size, dtype=torch.float64, device=linear.weight.device)
+    missing = gram.new_zeros(size, linear.out_features)
+    inputs = []
+    for states, goal in zip(stream, goals, strict=True):
+        with _inputs(linear) as given:
+            run(states)
+        inputs.append(given[0])
+        error = (goal - states - linear(given[0])).flatten(0, 1)
+        padded = nn.functional.pad(given[0], (0, size - linear.in_features), value=1.0).flatten(0, 1)
+        gram.add_(padded.T @ padded)
+        missing.add_(padded.T @ error)
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    change = torch.linalg.solve(gram, missing).T
+    linear.weight.add_(change[:, : linear.in_features])
+    if linear.bias is not None:
+        linear.bias.add_(change[:, -1])
+    return [states + linear(given) for states, given in zip(stream, inputs, strict=True)]
 
 
 def _run(part: LlamaModel, states: Tensor) -> Tensor:
