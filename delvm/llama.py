@@ -61,6 +61,9 @@ SIZES: dict[str, Size] = {
     "tiny": _tiny(128, layers=4, heads=4),  # 0.79M
     "tiny-192": _tiny(192, layers=4, heads=6),  # 1.82M
     "tiny-256": _tiny(256, layers=4, heads=8),  # 3.18M
+    "tiny-256-deep": _tiny(256, layers=8, heads=8),  # 6.29M
+    "tiny-256-flat": _tiny(256, layers=1, heads=8),  # 0.84M
+    "tiny-384": _tiny(384, layers=6, heads=12),  # 10.72M
     # DeLVM. The paper's text fixes 300M (299.5M) and 1B (1.164B); its 80M is nowhere specified: ours goes on
     # halving the width and the heads, which gives 83M.
     "80m": _paper(512, heads=4),

@@ -183,15 +183,19 @@ def test_a_store_is_checked(finished, tmp_path, monkeypatch, capsys):
 
 def test_the_comparison_of_objectives(micro, tmp_path, monkeypatch, capsys):
     where = f"run_dir={tmp_path / 'run'}"
-    arms = ["--arms", "scratch", "forward_kl", "cached, sampled 12"]
+    arms = ["--arms", "scratch", "forward_kl", "cached, sampled 12", "slice, labels alone"]
     assert run_tool(compare_distill, monkeypatch, micro, where, "--seeds", "3", *arms) == 2
     assert "has no weight and rate for scratch, forward_kl" in capsys.readouterr().err
     assert run_tool(compare_distill, monkeypatch, micro, where, "--tune", *arms) == 0
     chosen = json.loads((tmp_path / "run" / "distill-tuned.json").read_text())
-    assert list(chosen) == ["forward_kl", "scratch", "cached, sampled 12"]  # plain KL first
+    # plain KL first
+    assert [entry["arm"] for entry in chosen.values()] == [
+        "forward_kl",
+        *[a for a in arms[1:] if a != "forward_kl"],
+    ]
     arm_folder = tmp_path / "run" / "seed100" / "distill" / "arms"
-    for arm, entry in chosen.items():
-        weight, rate = entry["weight"], entry["rate"]
+    for entry in chosen.values():
+        arm, weight, rate = entry["arm"], entry["weight"], entry["rate"]
         # its two neighbours were tried as well, and are worse
         name = arm.replace(" ", "_").replace(",", "")
         scores = [
@@ -204,7 +208,7 @@ def test_the_comparison_of_objectives(micro, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert run_tool(compare_distill, monkeypatch, micro, where, "--seeds", "3", *arms) == 0
     said = " ".join(capsys.readouterr().out.split())
-    scores = json.loads((tmp_path / "run" / "distill.json").read_text())["3"]
+    scores = json.loads((tmp_path / "run" / "distill-micro-6.json").read_text())["3"]
     assert set(scores) == {"teacher", *arms[1:]}
     loss = scores["forward_kl"]["pose"]
     assert f"{loss:.3f} ({loss:.3f}-{loss:.3f})" in said
@@ -216,8 +220,22 @@ def test_the_comparison_of_objectives(micro, tmp_path, monkeypatch, capsys):
     assert run_tool(compare_distill, monkeypatch, micro, *longer, "--tune", "--arms", "scratch") == 0
     assert len(set((tmp_path / "run" / "seed100").rglob("arms/*.json")) - before) >= 3
     # a teacher read from memory is the teacher: the same student as a recipe's own run
-    own = {"kd_weight": chosen["forward_kl"]["weight"], "learning_rate": chosen["forward_kl"]["rate"]}
+    plain = next(entry for entry in chosen.values() if entry["arm"] == "forward_kl")
+    own = {"kd_weight": plain["weight"], "learning_rate": plain["rate"]}
     overrides = [f"student.{key}={value}" for key, value in own.items()]
     assert fit.run(micro, ["seed=3", f"run_dir={tmp_path / 'own'}", *overrides]) == 0
     metrics = json.loads((tmp_path / "own" / "metrics.json").read_text())
     assert metrics["evaluate"]["student"]["pose"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_gap_that_an_arm_closes():
+    entry = {"scratch": {"a": 3.0}, "teacher": {"a": 2.0}, "good": {"a": 2.25}, "better": {"a": 1.9}}
+    found = [compare_distill.gap_closed(entry, arm, "a") for arm in ("scratch", "good", "teacher", "better")]
+    assert found == pytest.approx([0.0, 0.75, 1.0, 1.1])
+
+
+def test_the_table_tells_what_is_closed_in_the_mean_and_at_least(capsys):
+    first = {"teacher": {"a": 2.0}, "scratch": {"a": 3.0}, "slice": {"a": 2.5}}
+    second = {"teacher": {"a": 2.0}, "scratch": {"a": 4.0}, "slice": {"a": 2.5}}
+    compare_distill.report({0: first, 1: second}, ["scratch", "slice"])
+    assert "| slice | 2.500 (2.500-2.500) | 62%; 50% |" in capsys.readouterr().out

@@ -1,14 +1,16 @@
-"""One student under every objective and signal, several seeds: a table of held-out losses by task.
+"""One student under every objective, signal and start, several seeds: a table of held-out losses by task.
 
     python tools/compare_distill.py recipes/claims.yaml --tune
     python tools/compare_distill.py recipes/claims.yaml --seeds 10 11 12 [--arms scratch forward_kl jsd]
+    python tools/compare_distill.py recipes/claims.yaml student.steps=800 --arms scratch "slice" [--tune]
 
-All arms of a seed share tokenizer, sentences, teacher, start and steps. --tune finds, on a seed apart, the
-KD weight of every arm and then its learning rate, until the best lies between two that are worse, and writes
-them down; the tables use them. What is done is kept: the same command goes on where it was stopped.
+All arms of a seed share tokenizer, sentences, teacher and steps. --tune finds, on a seed apart, the KD weight
+of every arm and then its learning rate, until the best lies between two that are worse, and writes them down,
+for this size and these steps; the tables use them. Gap: how much of what the teacher's loss lies below
+scratch's of equal steps. What is done is kept: the same command goes on where it was stopped.
 
 The teacher's hidden states are the same in every arm: they are computed once a seed and kept in memory, so
-that a live teacher costs an arm nothing here. That changes no number.
+that a live teacher costs an arm next to nothing here. That changes no number.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from delvm.distill.on_policy import OnPolicyConfig
 from delvm.distill.teacher import Hidden, Live, Signal
 from delvm.errors import UserError
 from delvm.evaluate import likelihood
+from delvm.given import Given
 from delvm.stages import write_atomic
 from delvm.tokens import sentences
 from delvm.training import Interrupted, NotFinite, discard_checkpoint, train
@@ -52,7 +55,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "cached, sampled 12": {"cache": CacheConfig("sampled", 12)},
     "on-policy 0.25": {"on_policy": OnPolicyConfig(share=0.25)},
     "on-policy 0.25, confidence 0.5": {"on_policy": OnPolicyConfig(share=0.25, confidence=0.5)},
+    "embedding": {"start": "embedding"},
+    "slice": {"start": "slice"},
+    "slice, labels alone": {"start": "slice", "kd_weight": 0.0},
+    "slice, labels alone, even": {"start": "slice", "kd_weight": 0.0, "start_layers": "even"},
+    "slice, even": {"start": "slice", "start_layers": "even"},
 }
+REMEMBERED = 2**31  # bytes of hidden states
 
 
 def arm_settings(recipe: recipes.Recipe, arm: str) -> list:
@@ -82,9 +91,12 @@ class Remembered(Live):
         key = batch["tokens"].cpu().numpy().tobytes()
         if "drawn" in batch:  # rows of one arm alone
             return super().targets(batch)
-        if key not in self.said:
-            self.said[key] = super().targets(batch).hidden
-        return Hidden(self.said[key], self.model.lm_head.weight)
+        if key in self.said:
+            return Hidden(self.said[key], self.model.lm_head.weight)
+        target = super().targets(batch)
+        if target.hidden.nbytes * (len(self.said) + 1) <= REMEMBERED:
+            self.said[key] = target.hidden
+        return target
 
 
 class Seed:
@@ -123,17 +135,18 @@ class Seed:
         return self._score(self.live.model)
 
     def _student(self, arm: str, weight: float, rate: float, name: str) -> Any:
-        material, base, settings = self.material, self.recipe.student, dict(ARMS[arm])
+        base, settings = self.recipe.student, dict(ARMS[arm])
         cache_config = settings.pop("cache", None)
         assert base is not None
         config: DistillConfig = replace(base, **{"kd_weight": weight, "learning_rate": rate, **settings})
+        material = replace(self.material, given=Given(replace(self.recipe, student=config)))
         signal: Signal = self.live
         rows: Any = teach.rows_of(material, "student")
         if cache_config:
             folder = self.dir / "cache" / self.key(arm)
             teach.cache_teacher(material, self.live, cache_config, folder)
             signal, rows = teach.cached(material, folder)
-        model = teach.new_model(material, "student")
+        model = teach.first_weights(material)
         module = Distill(model, signal, config, material.tasks, material.given.num_codes)
         pl.seed_everything(teach.seed_of(self.recipe, "student"), verbose=False)
         folder = self.dir / "arms" / name
@@ -174,21 +187,24 @@ def tune(seed: Seed, arms: list[str], chosen: dict[str, dict], keep: Callable[[]
 
     rows = []
     for arm in arms:
-        plain = chosen.get(PLAIN, {"weight": WEIGHT, "rate": RATE})  # near which most arms end
+        # near which most arms end
+        plain = chosen.get(tuned_key(seed.recipe, PLAIN), {"weight": WEIGHT, "rate": RATE})
         weight, rate = plain["weight"], plain["rate"]
-        if arm != "scratch":
+        if ARMS[arm].get("kd_weight") != 0:
             weight = bracket(lambda x, arm=arm, rate=rate: mean(arm, x, rate), weight, 4.0)  # type: ignore[misc]
         rate = bracket(lambda x, arm=arm, weight=weight: mean(arm, weight, x), rate, 2.0)  # type: ignore[misc]
-        chosen[arm] = {"weight": weight, "rate": rate, "key": tuned_key(seed.recipe, arm)}
+        chosen[tuned_key(seed.recipe, arm)] = {"arm": arm, "weight": weight, "rate": rate}
         keep()
         rows.append((arm, f"{weight:g}", f"{rate:g}", f"{mean(arm, weight, rate):.3f}"))
     table(f"tuning, seed {TUNING_SEED}", ["arm", "KD weight", "rate", "mean loss"], rows)
 
 
 def report(scores: dict[int, dict[str, dict[str, float]]], arms: list[str]) -> None:
-    """Print mean and range by arm and task, and how far each arm lies below forward KL, as Markdown."""
+    """Print, as Markdown, mean and range by arm and task, the share of scratch's gap to the teacher that each
+    arm closes, and how far each lies below forward KL."""
     tasks = list(next(iter(scores.values()))["teacher"])
-    heads = ["arm", *tasks, *([f"below {PLAIN}, mean of tasks"] if PLAIN in arms else [])]
+    heads = ["arm", *tasks, *(["gap closed, by task; least of all"] if "scratch" in arms else [])]
+    heads += [f"below {PLAIN}, mean of tasks"] if PLAIN in arms else []
     print(f"held-out loss in nats, mean (range) of {len(scores)} seeds\n\n| {' | '.join(heads)} |")
     print("|---" * len(heads) + "|")
     for arm in ["teacher", *arms]:
@@ -196,11 +212,20 @@ def report(scores: dict[int, dict[str, dict[str, float]]], arms: list[str]) -> N
         for task in tasks:
             losses = [entry[arm][task] for entry in scores.values()]
             cells.append(f"{statistics.mean(losses):.3f} ({min(losses):.3f}-{max(losses):.3f})")
+        if "scratch" in arms:
+            closed = {task: [gap_closed(entry, arm, task) for entry in scores.values()] for task in tasks}
+            means_closed = ", ".join(f"{statistics.mean(shares):.0%}" for shares in closed.values())
+            cells.append(f"{means_closed}; {min(map(min, closed.values())):.0%}")
         if PLAIN in arms:
             means = [{a: statistics.mean(entry[a].values()) for a in entry} for entry in scores.values()]
             gaps = [mean[PLAIN] - mean[arm] for mean in means]
             cells.append(f"{statistics.mean(gaps):+.3f} ({', '.join(f'{gap:+.3f}' for gap in gaps)})")
         print(f"| {' | '.join(cells)} |")
+
+
+def gap_closed(entry: dict[str, dict[str, float]], arm: str, task: str) -> float:
+    """1 where the arm's loss is the teacher's, 0 where it is scratch's."""
+    return (entry["scratch"][task] - entry[arm][task]) / (entry["scratch"][task] - entry["teacher"][task])
 
 
 def main() -> int:
@@ -226,7 +251,7 @@ def main() -> int:
             tune(seed, arms, chosen, lambda: write_atomic(file, json.dumps(chosen, indent=1) + "\n"))
             return 0
         keys = {arm: tuned_key(recipe, arm) for arm in options.arms}
-        if unknown := [arm for arm, key in keys.items() if chosen.get(arm, {}).get("key") != key]:
+        if unknown := [arm for arm, key in keys.items() if key not in chosen]:
             raise UserError(
                 f"{file}: has no weight and rate for {', '.join(unknown)} under these settings;"
                 " run --tune first"
@@ -236,7 +261,7 @@ def main() -> int:
             seed = Seed(options.recipe, options.overrides, number)
             scores[number] = {"teacher": seed.teacher_loss()}
             scores[number] |= {
-                arm: seed.loss(arm, chosen[arm]["weight"], chosen[arm]["rate"]) for arm in options.arms
+                arm: seed.loss(arm, chosen[key]["weight"], chosen[key]["rate"]) for arm, key in keys.items()
             }
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -244,7 +269,9 @@ def main() -> int:
     except (Interrupted, KeyboardInterrupt):
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
-    write_atomic(root / "distill.json", json.dumps(scores, indent=1) + "\n")
+    assert recipe.student is not None
+    name = f"distill-{recipe.student.size}-{recipe.student.steps}.json"
+    write_atomic(root / name, json.dumps(scores, indent=1) + "\n")
     report(scores, options.arms)
     return 0
 
