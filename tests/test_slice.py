@@ -1,10 +1,12 @@
 import copy
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from delvm import llama
@@ -430,3 +432,40 @@ def test_impossible_sentences(sentences, message):
 def test_an_unknown_way_to_choose_layers():
     with pytest.raises(ValueError, match="layers: 'best' is unknown; choices: greedy, even"):
         slice_student(drawn(configured()), configured(), sentences_of(), layers="best")
+
+
+# What it takes
+
+
+def peak_bytes(run):
+    """The most that `run` has allocated at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    changes = [
+        event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    assert changes
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("layers", [2, 8])
+@pytest.mark.parametrize("hidden", [64, 128])
+def test_slicing_takes_no_more_than_the_teacher_again(hidden, layers):
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+    teacher = drawn(configured(hidden_size=128, intermediate_size=336, num_hidden_layers=8, **sizes))
+    config = configured(hidden_size=hidden, intermediate_size=160, num_hidden_layers=layers, **sizes)
+    weights = sum(parameter.nbytes for parameter in teacher.parameters())
+    assert peak_bytes(lambda: slice_student(teacher, config, sentences_of(2, 16))) < weights
+
+
+def test_the_refit_works_layer_by_layer():
+    """Statistics of a layer are gone when the next one's come: depth adds its weights alone."""
+    peaks = []
+    for depth in (4, 16):
+        teacher = drawn(configured(num_hidden_layers=depth, intermediate_size=400))
+        config = configured(num_hidden_layers=depth, intermediate_size=200)
+        student = sum(parameter.nbytes for parameter in llama.initialise(config, seed=0).parameters())
+        peaks.append(
+            peak_bytes(lambda t=teacher, c=config: slice_student(t, c, sentences_of(2, 16))) - student
+        )
+    assert peaks[1] < 1.2 * peaks[0]
