@@ -208,7 +208,13 @@ def test_the_comparison_of_objectives(micro, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert run_tool(compare_distill, monkeypatch, micro, where, "--seeds", "3", *arms) == 0
     said = " ".join(capsys.readouterr().out.split())
-    scores = json.loads((tmp_path / "run" / "distill-micro-6.json").read_text())["3"]
+    written = json.loads((tmp_path / "run" / "distill-micro-6.json").read_text())
+    scores, operations = written["losses"]["3"], written["operations"]
+    # the teacher learnt for 8 steps, and says a third of that in each of the student's 6
+    assert operations["forward_kl"] - operations["scratch"] == pytest.approx(
+        operations["teacher"] / 3 * 6 / 8
+    )
+    assert operations["slice, labels alone"] == operations["scratch"]
     assert set(scores) == {"teacher", *arms[1:]}
     loss = scores["forward_kl"]["pose"]
     assert f"{loss:.3f} ({loss:.3f}-{loss:.3f})" in said

@@ -37,6 +37,7 @@ from delvm.distill.teacher import Hidden, Live, Signal
 from delvm.errors import UserError
 from delvm.evaluate import likelihood
 from delvm.given import Given
+from delvm.pretrain import forward_flops
 from delvm.stages import write_atomic
 from delvm.tokens import sentences
 from delvm.training import Interrupted, NotFinite, discard_checkpoint, train
@@ -133,6 +134,17 @@ class Seed:
     def teacher_loss(self) -> dict[str, float]:
         """That of the teacher."""
         return self._score(self.live.model)
+
+    def operations(self, arm: str) -> float:
+        """Floating-point operations of an arm's training, as if its teacher were asked anew each time, or of
+        the `teacher`'s own. Every token is read by each model, and three times as dear where it learns."""
+        role = "teacher" if arm == "teacher" else "student"
+        config = self.material.given.training_config(role)
+        length = teach.rows_of(self.material, role).length
+        taught = role == "student" and ARMS[arm].get("kd_weight") != 0
+        per_token = 3 * forward_flops(teach.new_model(self.material, role), length)
+        per_token += forward_flops(self.live.model, length) if taught else 0
+        return per_token * config.steps * config.batch_size * length
 
     def _student(self, arm: str, weight: float, rate: float, name: str) -> Any:
         base, settings = self.recipe.student, dict(ARMS[arm])
@@ -257,9 +269,11 @@ def main() -> int:
                 " run --tune first"
             )
         scores: dict[int, dict[str, dict[str, float]]] = {}
+        operations: dict[str, float] = {}
         for number in options.seeds:
             seed = Seed(options.recipe, options.overrides, number)
             scores[number] = {"teacher": seed.teacher_loss()}
+            operations = {arm: seed.operations(arm) for arm in ("teacher", *options.arms)}
             scores[number] |= {
                 arm: seed.loss(arm, chosen[key]["weight"], chosen[key]["rate"]) for arm, key in keys.items()
             }
@@ -271,7 +285,7 @@ def main() -> int:
         return 130
     assert recipe.student is not None
     name = f"distill-{recipe.student.size}-{recipe.student.steps}.json"
-    write_atomic(root / name, json.dumps(scores, indent=1) + "\n")
+    write_atomic(root / name, json.dumps({"losses": scores, "operations": operations}, indent=1) + "\n")
     report(scores, options.arms)
     return 0
 
