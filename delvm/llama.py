@@ -111,7 +111,7 @@ def configuration(
         attention_bias=entry.attention_bias,
         mlp_bias=False,
         tie_word_embeddings=entry.tie_embeddings,
-        # training never looks at a cache; generation asks for one itself (evaluate/prompting.py)
+        # training never looks at a cache; generation asks for one itself (generation.py)
         use_cache=False,
         # said even when None: Llama's own defaults, 1 and 2, are image codes here
         bos_token_id=bos,

@@ -1,11 +1,12 @@
 """Prompted annotations: how they are drawn, and the pictures kept of them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from delvm.images.files import read_picture
 
@@ -16,6 +17,8 @@ class PromptingConfig:
 
     pictures: int = 4
     """Prompted queries a task, each a row of pictures in the report."""
+    queries: int = 32
+    """Prompted queries a task whose generated pictures are scored against the truth; 0: none."""
     temperature: float = 0.0
     """0: the most likely code each time."""
     top_p: float = 1.0
@@ -23,6 +26,8 @@ class PromptingConfig:
     def __post_init__(self) -> None:
         if self.pictures < 1:
             raise ValueError(f"pictures: {self.pictures} must be at least 1")
+        if self.queries < 0:
+            raise ValueError(f"queries: {self.queries} must be at least 0")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature: {self.temperature} must be at least 0")
         if not 0 < self.top_p <= 1:
@@ -52,3 +57,25 @@ def load_pictures(folder: Path) -> dict[str, list[list[Picture]]]:
             rows.setdefault(number, []).append((caption, read_picture(file)))
         pictures[task.name] = list(rows.values())
     return pictures
+
+
+SIDE, GAP, LINE = 128, 6, 16
+"""Pixels of a small picture in a grid, between two of them, of a line of text."""
+
+
+def grid(rows: Sequence[Sequence[Picture]]) -> Image.Image:
+    """Rows of square pictures of one size under their captions; small ones grow, each pixel to a square."""
+    size = max(len(picture) for row in rows for _, picture in row)
+    scale = max(1, SIDE // size)
+    step = size * scale + GAP
+    canvas = Image.new("RGB", (GAP + max(map(len, rows)) * step, GAP + len(rows) * (LINE + step)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for line, row in enumerate(rows):
+        for place, (caption, picture) in enumerate(row):
+            left, top = GAP + place * step, GAP + line * (LINE + step)
+            while draw.textlength(caption) > step - GAP:  # it ends where its picture does
+                caption = caption[:-1]
+            draw.text((left, top), caption, fill="dimgrey")
+            scaled = Image.fromarray(picture).resize((size * scale,) * 2, Image.Resampling.NEAREST)
+            canvas.paste(scaled, (left, top + LINE))
+    return canvas
