@@ -1,18 +1,30 @@
 import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from delvm.errors import UserError
+from delvm.images.files import read_picture
 from delvm.images.scenes import Scenes
 from delvm.images.sources import SPLITS, Views
 from delvm.images.tasks import TaskConfig
-from delvm.tokens import encoding, store
-from delvm.tokens.encoding import encode, encode_pictures, write_store
+from delvm.tokens import encoder, encoding
+from delvm.tokens.encoder import TokensConfig
+from delvm.tokens.encoding import Blocks, Part, write_store
 from delvm.tokens.formats import write_lvm
-from delvm.tokens.store import open_store
+from delvm.tokens.store import Layout, open_store
+from tests.processes import together
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TASKS = {
     "pose": TaskConfig(scene="pose", samples=5, validation_samples=2, policy="pose"),
@@ -22,9 +34,9 @@ TASKS = {
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Shards of two samples in three views."""
-    plan = store.Layout.plan
-    monkeypatch.setattr(store.Layout, "plan", classmethod(lambda cls, *about: plan(*about, 100)))
+    """Shards of two samples in three views, passes of two views."""
+    monkeypatch.setattr(encoding, "SHARD_BYTES", 100)
+    monkeypatch.setattr(encoder, "PASS_PICTURES", 4)
 
 
 def views_of(tasks, num_views=3):
@@ -67,24 +79,60 @@ def test_the_store_holds_the_codes_of_every_view(tmp_path, tokenizer):
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_workers_and_ranks_write_what_one_process_writes(tmp_path, tokenizer):
-    write_store(tmp_path / "one", tokenizer, TASKS, data_of(TASKS), views_of(TASKS), seed=0)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_workers_and_ranks_write_what_one_process_writes(tmp_path, tokenizer, precision):
+    config = TokensConfig(precision)
+
+    def write(name, **settings):
+        views, data = views_of(TASKS), data_of(TASKS)
+        write_store(tmp_path / name, tokenizer, TASKS, data, views, seed=0, config=config, **settings)
+        return files(tmp_path / name)
+
+    one = write("one")
     assert len(list((tmp_path / "one" / "rain.train").glob("*.npy"))) == 4
-    write_store(
-        tmp_path / "workers", tokenizer, TASKS, data_of(TASKS), views_of(TASKS), seed=0, num_workers=2
-    )
-    assert files(tmp_path / "workers") == files(tmp_path / "one")
-
-    def write_part(rank):
-        write_store(
-            tmp_path / "ranks", tokenizer, TASKS, data_of(TASKS), views_of(TASKS), seed=0, rank=rank, world=2
-        )
-
+    assert json.loads(one[Path("manifest.json")])["precision"] == precision
+    assert write("workers", num_workers=2) == one
+    together(write, "together")
+    assert files(tmp_path / "together") == one
     with pytest.raises(UserError, match=r"pose\.train: 2 of 3 shards are missing, the first 00000"):
-        write_part(1)  # of two that are no run together
+        write("ranks", rank=1, world=2)  # of two that are no run together
     assert not (tmp_path / "ranks" / "manifest.json").exists()
-    write_part(0)
-    assert files(tmp_path / "ranks") == files(tmp_path / "one")
+    assert write("ranks", rank=0, world=2) == one
+
+
+def test_every_process_has_work(tmp_path, tokenizer):
+    # passes of 64 views, and at least 8 of them in a shard; at most 64 shards
+    sizes = {"few": (100, 3), "more": (5_000, 1), "many": (640_000, 4)}
+    layouts = {
+        (name, "train"): encoding._plan(tmp_path, (samples, views, 2, 4), np.dtype(np.uint16), 64)
+        for name, (samples, views) in sizes.items()
+    }
+    assert [(layout.shard, layout.num_shards) for layout in layouts.values()] == [
+        (171, 1), (512, 10), (10_000, 64),
+    ]  # fmt: skip
+    dealt = [encoding._deal(layouts, rank, 8) for rank in range(8)]
+    assert {sum(map(len, part.values())) for part in dealt} == {9, 10}  # of 75 shards
+    for place, layout in layouts.items():
+        assert sorted(n for part in dealt for n in part[place]) == list(range(layout.num_shards))
+
+
+def test_blocks_begin_anew_with_each_shard(tmp_path):
+    views = views_of({"rain": TASKS["rain"]})["train"]["rain"]  # 7 samples in 3 views
+    layout = Layout(tmp_path, (7, 3, 2, 4), np.dtype(np.uint16), 3)
+    parts = [Part(layout, number, views, 4, begun) for number, begun in ((0, 0), (1, 4), (2, 0))]
+    blocks = Blocks(parts)
+    found = [blocks[index] for index in range(len(blocks))]
+    rows = [
+        (0, [0, 1, 2, 3]),
+        (0, [4, 5, 6, 7]),
+        (0, [8]),
+        (1, [13, 14, 15, 16]),
+        (1, [17]),
+        (2, [18, 19, 20]),
+    ]
+    for (part, pictures), (number, expected) in zip(found, rows, strict=True):
+        assert part == number
+        assert torch.equal(pictures, torch.stack([views[row] for row in expected]))
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -113,27 +161,177 @@ def test_what_is_there_is_kept(tmp_path, tokenizer):
     assert json.loads((folder / "manifest.json").read_text())["tasks"]["lines"]["source"] == "lvm"
 
 
-def test_clips_are_encoded_in_parts_that_fit(tokenizer, monkeypatch):
-    clips = torch.randint(256, (2, 7, 8, 8, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
-    whole = encode_pictures(tokenizer, clips)
-    sizes = []
-    encode_one = tokenizer.encode
-    monkeypatch.setattr(encoding, "BATCH", 4)
-    monkeypatch.setattr(tokenizer, "encode", lambda part: sizes.append(len(part)) or encode_one(part))
-    assert torch.equal(encode_pictures(tokenizer, clips), whole)
-    assert sizes == [4, 4, 4, 2]
+# --- stopped, and gone on with ---
 
 
-def test_encode_gives_the_codes_of_every_picture(tokenizer):
-    pictures = torch.randint(
-        256, (5, 3, 8, 8, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
-    sizes = []
-    rows = list(encode(tokenizer, pictures.split(2), sizes.append))
-    assert sizes == [2, 2, 1]
-    found = np.concatenate(rows)
-    assert found.shape == (5, 3, 4)
-    for sample, codes in zip(pictures, found, strict=True):
-        expected = tokenizer.encode(sample.permute(0, 3, 1, 2).float() / 255)
-        np.testing.assert_array_equal(codes, expected.numpy())
-    assert len(np.unique(found)) > 4
+class Photographs:
+    """Pictures that are files, as samples."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.files = [folder / f"{place}.png" for place in range(number)]
+        for place, file in enumerate(self.files):
+            rng = np.random.default_rng(place)
+            Image.fromarray(rng.integers(256, size=(8, 8, 3)).astype(np.uint8)).save(file)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, place: int) -> list[np.ndarray]:
+        return [read_picture(self.files[place])] * 2
+
+
+class Many:
+    """A task of 60 files in 4 views: 30 blocks of 8 views, and 2 of validation; what is encoded is logged."""
+
+    def __init__(self, folder: Path, tokenizer, monkeypatch) -> None:
+        self.folder, self.log, self.tokenizer = folder, folder / "log", tokenizer
+        config = TaskConfig(images=str(folder), annotations=str(folder), policy="restoration")
+        self.tasks = {"many": config}
+        self.data = {"many": {"train": 60, "validation": 10, "pictures": 2}}
+        self.photographs = Photographs(folder, 60)
+        sources = {"train": self.photographs, "validation": Photographs(folder, 10)}
+        self.views = {
+            split: {"many": Views(source, "many", config, size=8, num_views=views, seed=0)}
+            for (split, source), views in zip(sources.items(), (4, 1), strict=True)
+        }
+        monkeypatch.setattr(encoder, "PASS_PICTURES", 16)
+        monkeypatch.setattr(encoding, "SHARD_BYTES", 15 * 4 * 2 * 4 * 2)
+        encode = tokenizer.encode
+
+        def logged(pictures):
+            with self.log.open("ab") as log:
+                log.write(b"." * len(pictures))
+            return encode(pictures)
+
+        monkeypatch.setattr(tokenizer, "encode", logged)
+
+    def write(self, name: str, num_workers: int = 0) -> dict:
+        write_store(
+            self.folder / name, self.tokenizer, self.tasks, self.data, self.views, seed=0,
+            num_workers=num_workers,
+        )  # fmt: skip
+        return files(self.folder / name)
+
+    def encoded(self) -> int:
+        """Pictures that have been given to the network."""
+        return self.log.stat().st_size if self.log.exists() else 0
+
+    def write_and_be_killed(self, name: str, pictures: int, pause: float, num_workers: int = 0) -> None:
+        """Write in a process that is killed once it has encoded so many more pictures, and a moment later."""
+        goal = self.encoded() + pictures
+        process = multiprocessing.get_context("fork").Process(target=self.write, args=(name, num_workers))
+        process.start()
+        deadline = time.monotonic() + 60
+        while self.encoded() < goal and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.0002)
+        time.sleep(pause)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture
+def many(tmp_path, tokenizer, monkeypatch):
+    return Many(tmp_path, tokenizer, monkeypatch)
+
+
+ALL = 60 * 4 * 2 + 10 * 2  # pictures
+
+
+def test_killed_ten_times_at_random_moments(many):
+    expected = many.write("whole")
+    assert many.encoded() == ALL
+    many.log.unlink()
+    draw = random.Random()  # another moment in each run of the tests
+    for _ in range(10):
+        many.write_and_be_killed("killed", draw.randrange(48), draw.random() * 0.004)
+    assert many.write("killed") == expected
+    assert ALL <= many.encoded() <= ALL + 10 * 16
+
+
+def test_killed_between_a_journal_and_its_shard(many):
+    expected = many.write("whole")
+    many.log.unlink()
+    folder = many.folder / "store" / "many.train"
+    layout = Layout(folder, (60, 4, 2, 4), np.dtype(np.uint16), 15)
+    codes = np.load(many.folder / "whole" / "many.train" / "00002.npy").reshape(-1, 2, 4)
+    with layout.journal(2) as journal:
+        journal.append(codes)
+    many.write("store")
+    assert many.encoded() == ALL - 15 * 4 * 2  # nothing of that shard
+    with layout.journal(1) as journal:  # its shard is there already
+        journal.append(codes)
+    assert many.write("store") == expected
+
+
+def test_worker_processes_do_not_keep_a_killed_run_from_going_on(many):
+    expected = many.write("whole")
+    many.write_and_be_killed("killed", 100, 0, num_workers=2)
+    assert list((many.folder / "killed" / "many.train").glob(".*.journal"))
+    assert many.write("killed", num_workers=1) == expected
+
+
+@contextmanager
+def sigterm_raises():
+    """As `delvm.fit` has it."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    yield interrupt
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_says_where_and_goes_on(many, monkeypatch, number):
+    expected = many.write("whole")
+    many.log.unlink()
+    encode = many.tokenizer.encode
+
+    def stopping(pictures):
+        if many.encoded() == 5 * 16:  # five blocks are encoded; the sixth is not
+            os.kill(os.getpid(), number)
+        return encode(pictures)
+
+    with monkeypatch.context() as patch, sigterm_raises() as handler:
+        interrupt = signal.getsignal(signal.SIGINT)
+        patch.setattr(many.tokenizer, "encode", stopping)
+        with pytest.raises(KeyboardInterrupt, match=f"^tokens: stopped at image 80 of {ALL}$"):
+            many.write("stopped")
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert signal.getsignal(signal.SIGINT) is interrupt
+    assert many.encoded() == 5 * 16
+    assert many.write("stopped") == expected
+    assert many.encoded() == ALL
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_picture_is_named_and_what_came_before_is_kept(many, num_workers):
+    expected = many.write("whole")
+    many.log.unlink()
+    file = many.photographs.files[21]  # its views, 84 to 87, begin a block
+    whole = file.read_bytes()
+    file.write_bytes(whole[:60])
+    with pytest.raises(UserError, match=rf"^{file}: unreadable picture \(.*\)$"):
+        many.write("store", num_workers=num_workers)
+    assert many.encoded() == 84 * 2
+    file.write_bytes(whole)
+    assert many.write("store", num_workers=num_workers) == expected
+    assert many.encoded() == ALL
+
+
+def test_two_runs_at_once(many, monkeypatch):
+    layout = Layout(many.folder / "store" / "many.train", (60, 4, 2, 4), np.dtype(np.uint16), 15)
+    encode, begun = many.tokenizer.encode, []
+
+    def late(pictures):
+        if not begun:  # another run has begun the shard since this one looked
+            begun.append(1)
+            with layout.journal(0) as journal:
+                journal.append(np.zeros((3, 2, 4), np.int64))
+        return encode(pictures)
+
+    monkeypatch.setattr(many.tokenizer, "encode", late)
+    with pytest.raises(UserError, match=r"/\.00000\.journal: another run writes it at the same time$"):
+        many.write("store")

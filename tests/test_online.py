@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from delvm.images.scenes import Scenes
 from delvm.images.sources import Views
 from delvm.images.tasks import TaskConfig
 from delvm.tokens.balance import TaskPlan
+from delvm.tokens.encoder import Encoder, TokensConfig
 from delvm.tokens.encoding import write_store
 from delvm.tokens.online import Encode, OnlineSentences
 from delvm.tokens.rows import IGNORED, TrainingSentences
@@ -100,6 +102,18 @@ def test_batches_are_rows_with_their_labels(parts, tokenizer, specials):
         annotation[1::2] = True
         expected = torch.where(annotation, codes, IGNORED).flatten()
         assert (labels[1:-1] if specials else labels).tolist() == expected.tolist()
+
+
+def test_rows_are_encoded_as_the_store_is(parts, tokenizer):
+    rows, _ = parts(specials=False)
+    noise = torch.randint(
+        256, (50, 4, 8, 8, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
+    )
+    batch = {"pictures": noise, "task": torch.zeros(50, dtype=torch.int64)}
+    config, mixed = TokensConfig("bf16-mixed"), copy.deepcopy(tokenizer)  # its weights are laid out otherwise
+    found = Encode(rows, mixed, config)(batch)["tokens"]
+    assert torch.equal(found.view(50, 4, 4), Encoder(mixed, config)(noise))
+    assert 0 < (found != Encode(rows, tokenizer)(batch)["tokens"]).float().mean() < 0.1
 
 
 def test_cut_rows_are_refused(parts):

@@ -152,7 +152,8 @@ class Tokenizer(nn.Module):
         Raises ValueError for another shape, size, type or range.
         """
         rows, columns = self._check_grid(grid)
-        latents = self.to_latents(images, grid)
+        # under autocast the latents are bfloat16, in which many codes are as near as one another
+        latents = self.to_latents(images, grid).to(self.codebook.dtype)
         return self.vqgan.quantize(latents)[2][2].view(len(images), rows * columns)
 
     @torch.no_grad()

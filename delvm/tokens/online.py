@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from delvm.images.sources import Views
 from delvm.tokenizer import Tokenizer
-from delvm.tokens.encoding import encode_pictures
+from delvm.tokens.encoder import Encoder, TokensConfig
 from delvm.tokens.rows import TrainingSentences
 
 
@@ -47,13 +47,16 @@ class OnlineSentences(Dataset):
 class Encode:
     """Batches of `OnlineSentences` -> those of `TrainingSentences`, on the device that they are on."""
 
-    def __init__(self, rows: TrainingSentences, tokenizer: Tokenizer) -> None:
-        self.rows, self.tokenizer = rows, tokenizer
+    def __init__(
+        self, rows: TrainingSentences, tokenizer: Tokenizer, config: TokensConfig | None = None
+    ) -> None:
+        """config: how pictures are encoded."""
+        self.rows, self.encoder = rows, Encoder(tokenizer, config)
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`pictures` (rows, images, size, size, 3) uint8 and `task` (rows,) -> the rows, codes and all."""
         pictures = batch["pictures"]
-        codes = encode_pictures(self.tokenizer.to(pictures.device), pictures).flatten(1)
+        codes = self.encoder.to(pictures.device)(pictures).flatten(1)
         rows = self.rows.batch(codes.cpu().numpy(), batch["task"].cpu().numpy())
         others = {key: part for key, part in batch.items() if key not in ("pictures", "task")}
         return others | {key: part.to(pictures.device) for key, part in rows.items()}

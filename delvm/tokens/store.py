@@ -3,8 +3,9 @@
 A store is a folder: `manifest.json` and, for each task and split, a folder `TASK.SPLIT` with shards
 `00000.npy`, `00001.npy`, ... of shape (samples, views, images, tokens), uint16 (uint32 beyond 65,536 codes),
 and `classes.npy` where the samples have classes. A shard is whole or not there, so that many processes write
-side by side, each its own shards, and a killed one is gone on from. What is written goes to disk block by
-block: a shard may be larger than the memory.
+side by side, each its own shards, and a killed one is gone on from: after its last whole shard, or in the
+middle of one that has a `Journal`. What is written goes to disk block by block: a shard may be larger than
+the memory.
 """
 
 import hashlib
@@ -23,9 +24,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from delvm.errors import UserError
+from delvm.tokens.journal import Journal
 
 SPLITS = ("train", "validation")
 SHARD_BYTES = 256 << 20
+CLASSES = "classes.npy"
 
 
 class Grid:
@@ -195,10 +198,38 @@ class Layout:
         assert not len(block), "more rows than samples"
         assert not any(map(len, blocks)), "more rows than samples"
 
+    def journal(self, number: int) -> Journal:
+        """The journal of a shard, open, with what a process before has left in it.
+
+        Raises:
+            UserError: another run has it open.
+        """
+        return Journal(self._journal_path(number), self.shape[2:], self.dtype)
+
+    def end_journal(self, number: int, journal: Journal) -> None:
+        """Make a shard of a journal that has all of it."""
+        self.write_all([number], journal.blocks())
+        journal.remove()
+
+    def _journal_path(self, number: int) -> Path:
+        return self.folder / f".{number:05}.journal"
+
+    def num_begun(self, number: int) -> int:
+        """How many (sample, view) pairs a shard's journal has; 0 where there is none."""
+        if not self._journal_path(number).exists():
+            return 0
+        with self.journal(number) as journal:
+            return journal.num_rows
+
+    def discard_journals(self) -> None:
+        """Remove what a process left that was killed between a shard and the end of its journal."""
+        for file in self.folder.glob(".*.journal"):
+            file.unlink(missing_ok=True)
+
     def write_classes(self, classes: np.ndarray) -> None:
         """Write the class of every sample, (samples,) integers."""
         assert classes.shape == self.shape[:1], (classes.shape, self.shape)
-        with _whole(self.folder / "classes.npy") as file:
+        with _whole(self.folder / CLASSES) as file:
             file.write(_header(classes.shape, classes.dtype))
             file.write(np.ascontiguousarray(classes).data)
 
@@ -279,9 +310,9 @@ def open_store(folder: Path, *, tokenizer: str = "") -> TokenStore:
     }
     classes = {
         split: {
-            task: _load(layout.folder / "classes.npy", layout.shape[:1])
+            task: _load(layout.folder / CLASSES, layout.shape[:1])
             for task, layout in parts.items()
-            if (layout.folder / "classes.npy").exists()
+            if (layout.folder / CLASSES).exists()
         }
         for split, parts in layouts.items()
     }
