@@ -9,22 +9,33 @@ check(measure(tokenizer, batches), config)
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from diffusers import VQModel
-from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor, nn
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
 from torch.nn import functional as F
-from vector_quantize_pytorch import VectorQuantize
+from torch.optim import Optimizer
 
 from delvm.errors import UserError
+from delvm.tokenizer.adversarial import (
+    AdversarialConfig,
+    Discriminator,
+    adaptive_weight,
+    adversarial_loss,
+    discriminator_loss,
+)
+from delvm.tokenizer.linear_start import start_linear
+from delvm.tokenizer.measures import MAX_PSNR, perplexity, psnr, ssim
+from delvm.tokenizer.perceptual import MIN_SIDE, Perceptual
+from delvm.tokenizer.quantizers import QUANTIZERS, build_quantizer
 from delvm.tokenizer.vqgan import Tokenizer
 
-MAX_PSNR = 60.0  # dB: an all but exact picture (flat black) must not outweigh the others in a mean
 GROUPS = 32  # of GroupNorm, as in every published VQGAN
-CONSTANT = 8.0  # in the linear start: the latents of a black patch of 4 x 4 have the length 7
+SHOWN = 8  # pictures in TensorBoard
 
 
 @dataclass
@@ -46,6 +57,11 @@ class TokenizerConfig:
     batch_size: int = 32  # pictures a step; half as many (image, annotation) pairs
     learning_rate: float = 1e-3
     warmup_steps: int = 10
+    absolute: float = 0.0  # weight of the absolute error of the pixels, beside the squared one
+    perceptual: float = 0.0  # weight of the perceptual distance LPIPS
+    perceptual_weights: str = ""  # file of torchvision's VGG16 for it, vgg16-397923af.pth; never downloaded
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    quantizer: str = "ema"  # from delvm.tokenizer.quantizers.QUANTIZERS
     commitment: float = 0.25  # pull of the latents towards their codes
     decay: float = 0.9  # of the codes' moving averages; closer to 1 for longer training
     restart_below: float = 2.0  # uses a batch (moving average); a code with fewer starts anew at a latent
@@ -65,9 +81,13 @@ class TokenizerConfig:
         for key in ("code_dim", "patch", "layers", "steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}, must be at least 1")
-        for key in ("warmup_steps", "commitment", "restart_below"):
+        for key in ("warmup_steps", "absolute", "perceptual", "commitment", "restart_below"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"{key}: {getattr(self, key)}, must be at least 0")
+        if self.perceptual and not self.perceptual_weights:
+            raise ValueError("perceptual_weights: missing, must be torchvision's file vgg16-397923af.pth")
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer: '{self.quantizer}' is unknown; choices: {', '.join(QUANTIZERS)}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: {self.learning_rate}, must be above 0")
         if not 0 <= self.decay < 1:
@@ -86,9 +106,20 @@ class TokenizerConfig:
 def build(config: TokenizerConfig, image_size: int) -> Tokenizer:
     """An untrained tokenizer for pictures of image_size x image_size.
 
-    Raises ValueError if the sizes do not fit.
     With one level it starts as a linear autoencoder of patches, see start_linear; with more, at random.
+
+    Raises ValueError if the sizes do not fit, UserError for pictures too small for one of the losses.
     """
+    adversarial = config.adversarial
+    if adversarial.weight and image_size < adversarial.min_side:
+        raise UserError(
+            f"tokenizer.adversarial.layers: {adversarial.layers} need pictures of {adversarial.min_side} px, "
+            f"data.image_size is {image_size}"
+        )
+    if config.perceptual and image_size < MIN_SIDE:
+        raise UserError(
+            f"tokenizer.perceptual: needs pictures of {MIN_SIDE} px, data.image_size is {image_size}"
+        )
     levels = len(config.channel_multipliers)
     vqgan = VQModel(
         in_channels=3 * config.patch**2,
@@ -117,93 +148,52 @@ def num_parameters(config: TokenizerConfig, image_size: int) -> int:
         return sum(parameter.numel() for parameter in build(config, image_size).parameters())
 
 
-@torch.no_grad()
-def start_linear(vqgan: VQModel, patch: int) -> None:
-    """Set a one-level VQGAN to keep about the lowest frequencies of each patch, one a latent channel.
-
-    A random start spends its first hundreds of steps on finding about this. A value x travels as the pair
-    of channels (x, -x), because silu(x) - silu(-x) = x; one more pair, (CONSTANT, -CONSTANT), keeps
-    GroupNorm (one group) from scaling pictures of little contrast up. Residual blocks start as the
-    identity, spare channels at random.
-    """
-    encoder, decoder = vqgan.encoder, vqgan.decoder
-    channels, code_dim = encoder.conv_in.out_channels, decoder.conv_in.in_channels
-    size = min(code_dim, channels // 2 - 1, 3 * patch**2)
-    frequencies, identity = patch_frequencies(patch, size), torch.eye(size, code_dim)
-    for module in vqgan.modules():
-        if isinstance(module, ResnetBlock2D):
-            nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)
-    for convolution, rows in ((encoder.conv_in, frequencies), (decoder.conv_in, identity)):
-        weight, bias = convolution.weight, convolution.bias
-        weight.mul_(0.1)
-        bias.zero_()
-        weight[: 2 * size + 2] = 0
-        weight[: 2 * size : 2, :, 1, 1] = rows
-        weight[1 : 2 * size : 2, :, 1, 1] = -rows
-        bias[2 * size], bias[2 * size + 1] = CONSTANT, -CONSTANT
-    for convolution, columns in ((encoder.conv_out, identity.T), (decoder.conv_out, frequencies.T)):
-        weight, bias = convolution.weight, convolution.bias
-        weight.mul_(0.1)
-        bias.zero_()
-        weight[:, : 2 * size + 2] = 0
-        weight[:, : 2 * size : 2, 1, 1] = columns
-        weight[:, 1 : 2 * size : 2, 1, 1] = -columns
-    for norm in (encoder.conv_norm_out, decoder.conv_norm_out):
-        # undoes the division by the root mean square, where the latents' squares sum to about 16
-        norm.weight.fill_(math.sqrt(2 * (CONSTANT**2 + 16.0) / channels))
-    for mixing in (vqgan.quant_conv, vqgan.post_quant_conv):
-        nn.init.dirac_(mixing.weight)
-        nn.init.zeros_(mixing.bias)
-
-
-def patch_frequencies(patch: int, num: int) -> Tensor:
-    """The num lowest frequencies of a colour patch: (num, 3 * patch**2) orthonormal rows over (colour, y, x).
-
-    Cosines in both directions times brightness and two differences of colour, as in JPEG.
-    """
-    steps = torch.arange(patch)
-    cosines = F.normalize(torch.cos(math.pi / patch * steps[:, None] * (steps + 0.5)), dim=1)
-    colours = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]), dim=1)
-    waves = torch.einsum("ac,uy,vx->auvcyx", colours, cosines, cosines).reshape(-1, 3 * patch**2)
-    # photographs vary less in colour than in brightness
-    order = torch.tensor([1.0, 4.0, 6.0])[:, None, None] * (1 + steps[:, None] ** 2 + steps**2)
-    return waves[order.flatten().argsort(stable=True)[:num]]
-
-
 class TokenizerTraining(pl.LightningModule):
-    """Trains a tokenizer: squared error of its pixels, plus a pull of the latents towards their codes.
+    """Trains a tokenizer: the error of its pictures, plus a pull of the latents towards their codes.
 
-    The codes are moving averages of the latents they stand for (van den Oord 2017, appendix A.1), start at
-    the k-means of the first batch, and start anew at a latent of the batch when they fall out of use; so
-    there is no codebook loss. They live in a quantizer of vector_quantize_pytorch until finish() copies them
-    into the tokenizer.
+    The error is the squared one of the pixels, and where the config gives them weight their absolute error
+    and the perceptual distance. The codes start at the k-means of the first batch, and start anew at a latent
+    of the batch when they fall out of use. They live in a quantizer (see QUANTIZERS) until finish() copies
+    them into the tokenizer.
+
+    With `config.adversarial.weight` a discriminator learns to tell the pictures from true ones, and the
+    tokenizer to deceive it (Esser et al. 2021). Both learn in one step, from the same pictures, each from a
+    loss whose gradient does not reach the other. One optimizer does what one for each would do: AdamW steps
+    every weight by itself.
 
     A batch: uint8 (batch, 2, H, W, 3), (image, annotation) pairs, or (batch, H, W, 3), pictures.
     Everything a resumed run needs is in the state dict: the draws of k-means and of codes that start anew
-    depend on a stored seed and the step alone. A step returns loss, psnr (dB) and codebook_perplexity.
+    depend on a stored seed and the step alone. A step returns loss (of both networks), psnr (dB), and of its
+    codes codes_used (distinct ones) and codebook_perplexity; with a discriminator also the two losses,
+    adversarial (before its weight) and discriminator, 0 before it starts.
     """
 
     seed: Tensor
     steps_done: Tensor
 
     def __init__(self, config: TokenizerConfig, image_size: int) -> None:
+        """Raises UserError for sizes that do not fit and for perceptual weights that cannot be read."""
         super().__init__()
         self.config = config
         self.tokenizer = build(config, image_size)
         self.tokenizer.codebook.requires_grad_(False)  # finish() sets it
-        self.quantizer = VectorQuantize(
-            dim=config.code_dim,
-            codebook_size=config.num_codes,
+        self.quantizer = build_quantizer(
+            config.quantizer,
+            num_codes=config.num_codes,
+            code_dim=config.code_dim,
+            commitment=config.commitment,
             decay=config.decay,
-            kmeans_init=True,
-            threshold_ema_dead_code=config.restart_below,
-            commitment_weight=config.commitment,
-            rotation_trick=False,
-            accept_image_fmap=True,
+            restart_below=config.restart_below,
         )
         self.register_buffer("seed", torch.randint(2**31, ()))
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
+        judge = config.adversarial
+        self.discriminator = Discriminator(judge.channels, judge.layers) if judge.weight else None
+        self.perceptual = (
+            Perceptual(Path(config.perceptual_weights).expanduser()) if config.perceptual else None
+        )
+        self.gradient_norm: Tensor | None = None
+        self._seen: Tensor | None = None
 
     @property
     def num_steps(self) -> int:
@@ -216,22 +206,86 @@ class TokenizerTraining(pl.LightningModule):
             torch.manual_seed(int(self.seed) + int(self.steps_done))
             codes, ids, commitment = self.quantizer(latents)
         reconstructed = self.tokenizer.from_latents(codes).float()
-        # 4: squared error in the -1..1 of the network, the scale of its latents, which the commitment goes by
-        loss = 4.0 * F.mse_loss(reconstructed, pictures) + commitment
+        error = self._error(reconstructed, pictures)
+        loss = error + commitment
+        judged: dict[str, Tensor] = {}
+        if self.discriminator is not None:
+            contest, judged = self._contest(self.discriminator, reconstructed, pictures, error)
+            loss = loss + contest
         counts = torch.bincount(ids.flatten(), minlength=self.config.num_codes)
         self.steps_done += 1
+        self._seen = pictures[:SHOWN]
         return {
             "loss": loss,
             "psnr": psnr(reconstructed.detach(), pictures).mean(),
+            "codes_used": (counts > 0).sum().float(),
             "codebook_perplexity": perplexity(counts),
+            **judged,
         }
+
+    def _error(self, reconstructed: Tensor, pictures: Tensor) -> Tensor:
+        # 4 and 2: errors in the -1..1 of the network, the scale of its latents, which the commitment goes by
+        error = 4.0 * F.mse_loss(reconstructed, pictures)
+        if self.config.absolute:
+            error = error + self.config.absolute * 2.0 * F.l1_loss(reconstructed, pictures)
+        if self.perceptual is not None:
+            error = error + self.config.perceptual * self.perceptual(reconstructed, pictures).mean()
+        return error
+
+    def _contest(
+        self, discriminator: Discriminator, reconstructed: Tensor, pictures: Tensor, error: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What tokenizer and discriminator lose against each other, as one loss and by name."""
+        config = self.config.adversarial
+        if int(self.steps_done) < config.start:
+            # several processes wait for the gradient of every weight
+            nothing = 0.0 * torch.stack([weight.sum() for weight in discriminator.parameters()]).sum()
+            return nothing, {"adversarial": nothing, "discriminator": nothing}
+        adversarial = adversarial_loss(discriminator.judge(reconstructed))
+        last_layer = self.tokenizer.vqgan.decoder.conv_out.weight
+        weight = config.weight * adaptive_weight(error, adversarial, last_layer)
+        own = discriminator_loss(discriminator(pictures), discriminator(reconstructed.detach()))
+        return weight * adversarial + own, {"adversarial": adversarial, "discriminator": own}
+
+    @torch.no_grad()
+    def diagnose(self) -> dict[str, float] | None:
+        """SSIM of the last step's first pictures; they go to TensorBoard, over what their codes keep."""
+        if self._seen is None:
+            return None
+        self.quantizer.eval()  # or it would learn from them
+        codes = self.quantizer(self.tokenizer.to_latents(self._seen))[0]
+        self.quantizer.train()
+        kept = self.tokenizer.from_latents(codes).clamp(0.0, 1.0)
+        if isinstance(self.logger, TensorBoardLogger):
+            sheet = torch.cat([self._seen, kept], dim=2).permute(1, 2, 0, 3).flatten(2)
+            self.logger.experiment.add_image("reconstructions", sheet, self.global_step)
+        return {"ssim": float(ssim(kept, self._seen).mean())}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # each network by its own norm, or the one with the larger gradient would slow down the other
+        if gradient_clip_val:
+            norms = [
+                torch.nn.utils.clip_grad_norm_(group["params"], gradient_clip_val)
+                for group in optimizer.param_groups
+            ]
+            self.gradient_norm = norms[0]
 
     def configure_optimizers(self) -> Any:
         """AdamW; a short warm-up, then a cosine to a hundredth of the rate over config.steps."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
-        )
+        config, discriminator = self.config, self.discriminator
+        theirs = set(discriminator.parameters()) if discriminator is not None else set()
+        own = [weight for weight in self.parameters() if weight.requires_grad and weight not in theirs]
+        groups: list[dict[str, Any]] = [{"params": own}]
+        if discriminator is not None:
+            groups.append(
+                {"params": list(discriminator.parameters()), "lr": config.adversarial.learning_rate}
+            )
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -268,42 +322,29 @@ def to_pictures(batch: Tensor) -> Tensor:
     return batch.flatten(0, -4).permute(0, 3, 1, 2).float().div_(255.0)
 
 
-def psnr(reconstructed: Tensor, pictures: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture: (batch,) in dB, at most MAX_PSNR.
-
-    Both (batch, 3, H, W) in 0..1.
-    """
-    error = (reconstructed - pictures).square().flatten(1).mean(dim=1)
-    return -10.0 * error.clamp(min=10 ** (-MAX_PSNR / 10)).log10()
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp(entropy) of how often the codes are used.
-
-    counts: (num_codes,). The result is num_codes where all are used alike, 1 where only one is.
-    """
-    frequencies = counts.double() / counts.sum().clamp(min=1)
-    return torch.special.entr(frequencies).sum().exp()
-
-
 @torch.no_grad()
 def measure(tokenizer: Tokenizer, pictures: Iterable[Tensor]) -> dict[str, float]:
     """What the codes keep of pictures, given in batches like those of the training.
 
-    Returns psnr (dB, mean over pictures, each at most 60), codes_used (distinct codes), codebook_perplexity.
+    Returns psnr (dB, each at most 60) and ssim, means over pictures; codes_used (distinct codes) and
+    codebook_perplexity, over all of them.
     Raises ValueError if there is no picture.
     """
     ratios: list[Tensor] = []
+    similarities: list[Tensor] = []
     counts = torch.zeros(tokenizer.num_codes, dtype=torch.int64)
     for batch in pictures:
         images = to_pictures(batch.to(tokenizer.codebook.device))
         ids = tokenizer.encode(images)
-        ratios.append(psnr(tokenizer.decode(ids), images).cpu())
+        kept = tokenizer.decode(ids)
+        ratios.append(psnr(kept, images).cpu())
+        similarities.append(ssim(kept, images).cpu())
         counts += torch.bincount(ids.flatten().cpu(), minlength=tokenizer.num_codes)
     if not ratios:
         raise ValueError("pictures: none, the tokenizer is measured on at least one batch")
     return {
         "psnr": float(torch.cat(ratios).mean()),
+        "ssim": float(torch.cat(similarities).mean()),
         "codes_used": int((counts > 0).sum()),
         "codebook_perplexity": float(perplexity(counts)),
     }
