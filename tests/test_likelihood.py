@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from delvm import llama
-from delvm.evaluate.likelihood import evaluate
+from delvm.evaluate.likelihood import (
+    TokenScores,
+    by_examples,
+    by_place,
+    evaluate,
+    mean_perplexity,
+    score_tokens,
+    summarise,
+)
 from delvm.tokens.sentences import ANNOTATION, IMAGE, SPECIAL
 
 # BOS image(3) annotation(3) image(3) annotation(3) EOS
@@ -31,28 +39,24 @@ def _sentences(num, seed=0):
 
 def _reference(model, ids):
     """The definition, sentence by sentence in float64 numpy."""
-    losses, hits, roles = [], [], []
+    losses, hits = np.zeros((len(ids), 13)), np.zeros((len(ids), 13))
     with torch.no_grad():
         logits = model.double()(ids).logits.numpy()
     model.float()
     for b in range(len(ids)):
         for t in range(1, ids.shape[1]):
-            if ROLES[t] == 0:
-                continue
             row = logits[b, t - 1]
             log_z = np.log(np.exp(row - row.max()).sum()) + row.max()
-            losses.append(log_z - row[ids[b, t]])
-            hits.append(row.argmax() == int(ids[b, t]))
-            roles.append(int(ROLES[t]))
-    losses, hits, annotation = np.array(losses), np.array(hits), np.array(roles) == 2
-    return {
-        "loss": losses.mean(),
-        "accuracy": hits.mean(),
-        "perplexity": np.exp(losses.mean()),
-        "annotation_loss": losses[annotation].mean(),
-        "annotation_accuracy": hits[annotation].mean(),
-        "annotation_perplexity": np.exp(losses[annotation].mean()),
-    }
+            losses[b, t - 1] = log_z - row[ids[b, t]]
+            hits[b, t - 1] = row.argmax() == int(ids[b, t])
+    found = {}
+    for prefix, kept in (("", ROLES[1:] != 0), ("annotation_", ROLES[1:] == 2)):
+        for key, values in (("loss", losses), ("accuracy", hits)):
+            of_sentences = values[:, kept.numpy()].mean(1)
+            found[f"{prefix}{key}"] = of_sentences.mean()
+            found[f"{prefix}{key}_se"] = of_sentences.std(ddof=1) / math.sqrt(len(ids))
+        found[f"{prefix}perplexity"] = np.exp(found[f"{prefix}loss"])
+    return found
 
 
 def test_equals_the_definition_in_float64(model):
@@ -61,7 +65,7 @@ def test_equals_the_definition_in_float64(model):
     assert list(found) == ["pose", "edges"]
     for task, ids in sentences.items():
         expected = _reference(model, ids)
-        assert list(found[task]) == list(expected)
+        assert set(found[task]) == set(expected)
         for key, value in expected.items():
             assert found[task][key] == pytest.approx(value, rel=1e-5), (task, key)
             assert type(found[task][key]) is float
@@ -108,7 +112,13 @@ def test_annotation_metrics_see_annotation_targets_alone(model):
 def test_sentences_without_annotations_have_no_annotation_metrics(model):
     roles = torch.where(ROLES == ANNOTATION, IMAGE, ROLES)
     found = evaluate(model, {"a": _sentences(2)}, {"a": roles})["a"]
-    assert list(found) == ["loss", "accuracy", "perplexity"]
+    assert set(found) == {"loss", "accuracy", "perplexity", "loss_se", "accuracy_se"}
+
+
+def test_one_sentence_has_no_standard_error(model):
+    found = evaluate(model, {"a": _sentences(1)}, EACH)["a"]
+    keys = ("loss", "accuracy", "perplexity")
+    assert set(found) == {*keys, *(f"annotation_{key}" for key in keys)}
 
 
 def test_the_model_is_left_as_it_was(model):
@@ -162,3 +172,51 @@ def test_every_task_has_roles_of_its_own(model):
     assert found["a"] == evaluate(model, {"a": ids}, {"a": ROLES})["a"]
     assert found["b"] == evaluate(model, {"b": short}, {"b": ROLES[:7]})["b"]
     assert found["a"]["loss"] != found["b"]["loss"]
+
+
+# --- the same numbers, cut otherwise ---
+
+# nll of token t of sentence b: t + 100 b, so that every mean is known
+NLL = torch.arange(1.0, 14.0) + torch.tensor([[0.0], [100.0]])
+KNOWN = TokenScores(NLL, NLL < 10)
+EXAMPLES = torch.tensor([-1] + [0] * 6 + [1] * 6 + [-1])
+PLACES = torch.tensor([-1, *[0, 1, 2] * 4, -1])
+
+
+def test_means_and_standard_errors_over_sentences():
+    found = summarise(KNOWN, ROLES)
+    assert found["loss"] == pytest.approx(56.5)  # codes 1..12, and 101..112
+    assert found["loss_se"] == pytest.approx(50.0)  # of 6.5 and 106.5
+    assert found["accuracy"] == pytest.approx(9 / 24)
+    assert found["annotation_loss"] == pytest.approx(50 + (4 + 5 + 6 + 10 + 11 + 12) / 6)
+    assert found["annotation_accuracy"] == pytest.approx(3 / 12)
+    assert found["annotation_accuracy_se"] == pytest.approx(0.25)
+
+
+def test_annotations_by_the_examples_before_them():
+    found = by_examples(KNOWN, ROLES, EXAMPLES)
+    assert list(found) == [0, 1]
+    assert [found[number]["loss"] for number in found] == pytest.approx([55.0, 61.0])
+    assert [found[number]["accuracy"] for number in found] == pytest.approx([0.5, 0.0])
+    # weighted by their codes they are the whole
+    whole = summarise(KNOWN, ROLES)["annotation_loss"]
+    assert np.mean([entry["loss"] for entry in found.values()]) == pytest.approx(whole)
+
+
+def test_annotations_by_their_place_in_the_picture():
+    found = by_place(KNOWN, ROLES, PLACES)
+    assert found.tolist() == pytest.approx([50 + 7.0, 50 + 8.0, 50 + 9.0])
+
+
+def test_the_last_tokens_alone(model):
+    ids = _sentences(5)
+    whole, last = score_tokens(model, ids), score_tokens(model, ids, first=9, batch_size=2)
+    assert last.nll.shape == (5, 5)
+    torch.testing.assert_close(last.nll, whole.nll[:, 8:])
+    assert torch.equal(last.hits, whole.hits[:, 8:])
+
+
+def test_perplexity_is_averaged_over_examples():
+    found = mean_perplexity([math.log(2), math.log(4), math.log(9)])
+    assert found == pytest.approx({"perplexity": 5.0, "perplexity_se": math.sqrt(13 / 3), "examples": 3})
+    assert mean_perplexity([0.0]) == {"perplexity": 1.0, "examples": 1}
