@@ -11,7 +11,7 @@ from delvm import console, llama, ranks, teach
 from delvm import recipe as recipes
 from delvm.distill.cache import MANIFEST
 from delvm.errors import UserError
-from delvm.evaluate import held_out, prompting
+from delvm.evaluate import held_out, probe, prompting
 from delvm.export import export
 from delvm.given import ROLES, Given
 from delvm.images.sources import SPLITS, fingerprint
@@ -20,6 +20,7 @@ from delvm.pretrain import Pretrain
 from delvm.recipe import Recipe
 from delvm.stages import Stage, run_stage, write_atomic
 from delvm.tokenizer import Tokenizer
+from delvm.tokenizer import load as load_tokenizer
 from delvm.tokenizer import training as tokenizer_training
 from delvm.tokens.encoding import write_store
 from delvm.training import Shuffled, discard_checkpoint
@@ -84,7 +85,7 @@ class Run:
         views = {split: material.views(split, once=recipe.balance.online) for split in SPLITS}
         write_store(
             folder, material.tokenizer().to(recipe.trainer.device()), recipe.tasks, material.manifest, views,
-            seed=recipe.seed, num_workers=recipe.trainer.num_workers,
+            seed=recipe.seed, num_workers=recipe.trainer.num_workers, config=recipe.tokens,
         )  # fmt: skip
         return {}
 
@@ -128,9 +129,23 @@ class Run:
             {role: self.dir / role for role in self.given.models}, material.store(tokenizer.hash), tokenizer,
             material.plan.forms, recipe.sentences, recipe.prompting,
             views=material.views("validation"), seed=recipe.seed, device=device,
+            scorers=held_out.scorers_of(self.given.image_tasks),
         )  # fmt: skip
         prompting.save_pictures(folder / "pictures", pictures)
         return scores
+
+    def probe(self, folder: Path) -> dict:
+        """Models and pictures of classes -> how well the classes can be read from the models' features."""
+        recipe, config = self.recipe, self.recipe.probe
+        assert config is not None
+        own = {role: self.dir / role for role in self.given.models}
+        return probe.probe(
+            {**own, **{name: Path(given) for name, given in config.models.items()}},
+            self.material.tokenizer() if recipe.tasks else load_tokenizer(recipe.tokenizer.folder),
+            config, folder, features=Path(config.folder or self.dir / "features"), seed=recipe.seed,
+            device=recipe.trainer.device(), precision=recipe.trainer.precision,
+            num_workers=recipe.trainer.num_workers, tensorboard=self.dir / "tensorboard" / "probe",
+        )  # fmt: skip
 
     def export(self, folder: Path) -> dict:
         """The student (the teacher where there is none) -> a folder that transformers loads without delvm."""
@@ -170,11 +185,15 @@ class Run:
             said.append(student.steps * student.batch_size)
         # where the teacher's layers are changes no value
         learnt = student and {k: v for k, v in asdict(student).items() if k != "teacher_sharded"}
+        asked = [
+            {k: v for k, v in asdict(recipe.probe).items() if k != "folder"}, given.probe_hashes,
+            [listing.hash for listing in given.probe_pictures.values()], "" if recipe.tasks else tokenizer,
+        ] if recipe.probe else []  # fmt: skip
         chain = [
             Stage("data", [*data, tokenizer if given.token_tasks else ""], [], self.data),
             Stage("tokenizer", [recipe.tokenizer, tokenizer, recipe.balance, *machine], ["data"],
                   self.tokenizer, together=True),
-            Stage("tokens", [], ["tokenizer"], self.tokens, together=True),
+            Stage("tokens", [recipe.tokens], ["tokenizer"], self.tokens, together=True),
             Stage("teacher", [given.teacher_hash] if given.teacher_hash else [recipe.teacher, *learning],
                   ["tokens"], self.teacher, together=True),
             Stage("scratch", [recipe.scratch, *start, *learning], ["tokens"], self.scratch, together=True),
@@ -183,10 +202,14 @@ class Run:
             Stage("student", [learnt, given.start_hash, *learning],
                   ["tokens", "teacher", *(["cache"] if recipe.cache else [])], self.student, together=True),
             Stage("evaluate", [recipe.sentences, recipe.prompting], ["tokens", *given.models], self.evaluate),
+            Stage("probe", [*asked, *machine], [*(["tokenizer"] if recipe.tasks else []), *given.models],
+                  self.probe),
             Stage("export", [recipe.name], ["evaluate"], self.export),
         ]  # fmt: skip
         skipped = set(ROLES) - set(given.models) | (set() if given.models else {"evaluate", "export"})
-        skipped |= set() if recipe.cache else {"cache"}
+        skipped |= {name for name in ("cache", "probe") if not getattr(recipe, name)}
+        if not recipe.tasks:
+            return [stage for stage in chain if stage.name == "probe"]
         return [stage for stage in chain if stage.name not in skipped]
 
     def fit(self, until: str = "") -> None:
@@ -195,7 +218,23 @@ class Run:
         Raises:
             UserError: what is wrong with the input; a run folder that is not there yet is then not made.
         """
-        data, *others = self.stages()
+        stages = self.stages()
+        if self.recipe.tasks:
+            self._begin(stages.pop(0))
+        else:
+            self.given.check()
+            ranks.on_first(lambda: self.dir.mkdir(parents=True, exist_ok=True))
+        if ranks.is_first():
+            write_atomic(self.dir / "recipe.yaml", recipes.to_yaml(self.recipe))
+        if self.recipe.tasks:
+            show_plan(self.material)
+        for stage in stages:
+            self.run(stage)
+            if stage.name == until:
+                return
+
+    def _begin(self, data: Stage) -> None:
+        """List the samples, and leave no new run folder where that fails."""
         new = not self.dir.exists()
         if ranks.is_first():
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -205,13 +244,6 @@ class Run:
             shutil.rmtree(self.dir if new else self.dir / ".data.partial")
             raise
         self.material = open_samples(self.given, self.dir / "data", self.dir)
-        if ranks.is_first():
-            write_atomic(self.dir / "recipe.yaml", recipes.to_yaml(self.recipe))
-        show_plan(self.material)
-        for stage in others:
-            self.run(stage)
-            if stage.name == until:
-                return
 
     def run(self, stage: Stage) -> None:
         """Do one stage, or find it done."""

@@ -9,6 +9,8 @@ from delvm import llama
 from delvm.distill.cache import weights_hash
 from delvm.distill.slice import check, check_ends
 from delvm.errors import UserError
+from delvm.evaluate.features import Listing
+from delvm.evaluate.probe import list_splits
 from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
 from delvm.pretrain import PretrainConfig
 from delvm.recipe import Recipe
@@ -41,7 +43,7 @@ class Given:
         if not folder:
             return None
         tokenizer = load_tokenizer(folder)
-        if tokenizer.image_size != size:
+        if self.recipe.tasks and tokenizer.image_size != size:  # a probe's pictures become what it takes
             raise UserError(
                 f"tokenizer.folder: '{folder}' is for {tokenizer.image_size} px, data.image_size is {size}"
             )
@@ -76,6 +78,27 @@ class Given:
         """The same of `student.start_folder`."""
         folder = self.recipe.student.start_folder if self.recipe.student else ""
         return weights_hash(Path(folder)) if folder else ""
+
+    @cached_property
+    def probe_pictures(self) -> dict[str, Listing]:
+        """The pictures of the probe by split; none without a probe. Raises UserError as `list_splits`."""
+        return list_splits(self.recipe.probe) if self.recipe.probe else {}
+
+    @cached_property
+    def probe_hashes(self) -> dict[str, str]:
+        """What tells the weights of each of `probe.models` from others.
+
+        Raises:
+            UserError: one that cannot be read, or has fewer ids than the tokenizer codes.
+        """
+        hashes = {}
+        for name, folder in (self.recipe.probe.models if self.recipe.probe else {}).items():
+            try:
+                llama.load_config(folder, num_codes=self.num_codes)
+                hashes[name] = weights_hash(Path(folder))
+            except UserError as error:
+                raise UserError(f"probe.models.{name}: {error}") from error
+        return hashes
 
     @property
     def image_tasks(self) -> dict[str, TaskConfig]:
@@ -137,13 +160,14 @@ class Given:
         Raises:
             UserError: a teacher of another vocabulary; a student that cannot be cut from it, or is not of the
                 size of what it starts from; steps that processes and micro-batches cannot share; a shared
-                cache within the run; a cache of more codes or rows than there are.
+                cache within the run; a cache of more codes or rows than there are; pictures of a probe that
+                are no classes, a model of it that has fewer ids than the tokenizer codes.
         """
         recipe, cache, student = self.recipe, self.recipe.cache, self.recipe.student
         for key, model in (("teacher", recipe.teacher), ("student", student)):
             if model and not model.folder:
                 check_batch_size(f"{key}.batch_size", model.batch_size, recipe.trainer.accumulate)
-        _ = self.teacher
+        _ = self.teacher, self.probe_pictures, self.probe_hashes
         self._check_start()
         run_dir = Path(recipe.run_dir).resolve()
         if cache and cache.folder and Path(cache.folder).resolve().is_relative_to(run_dir):

@@ -15,18 +15,21 @@ from delvm.distill.cache import CacheConfig
 from delvm.distill.module import DistillConfig
 from delvm.distill.teacher import serves
 from delvm.errors import UserError
+from delvm.evaluate.probe import ProbeConfig
 from delvm.evaluate.prompting import PromptingConfig
 from delvm.images.tasks import TOKEN_SOURCES, DataConfig, TaskConfig
 from delvm.pretrain import OptimizerConfig, PretrainConfig
 from delvm.tokenizer.training import TokenizerConfig
 from delvm.tokens.balance import BalanceConfig
+from delvm.tokens.encoder import TokensConfig
 from delvm.tokens.sentences import SentencesConfig
 from delvm.training import TrainerConfig
 
 SECTIONS: dict[str, type] = {
-    "data": DataConfig, "balance": BalanceConfig, "tokenizer": TokenizerConfig, "sentences": SentencesConfig,
+    "data": DataConfig, "balance": BalanceConfig, "tokenizer": TokenizerConfig, "tokens": TokensConfig,
+    "sentences": SentencesConfig,
     "teacher": PretrainConfig, "scratch": OptimizerConfig, "cache": CacheConfig, "student": DistillConfig,
-    "prompting": PromptingConfig, "trainer": TrainerConfig,
+    "prompting": PromptingConfig, "probe": ProbeConfig, "trainer": TrainerConfig,
 }  # fmt: skip
 BY_TASK = (
     "balance.shares", "sentences.kinds", "sentences.shots",
@@ -49,6 +52,8 @@ class Recipe:
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    """How pictures are encoded."""
     sentences: SentencesConfig = field(default_factory=SentencesConfig)
     teacher: PretrainConfig | None = None
     """Learns from labels alone."""
@@ -59,10 +64,12 @@ class Recipe:
     student: DistillConfig | None = None
     """Learns from labels and teacher."""
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
+    probe: ProbeConfig | None = None
+    """How well classes can be read from the models' features; alone, of given models, it needs no tasks."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
-        if not self.tasks:
+        if not self.tasks and not self.probe:
             raise ValueError("tasks: none; a recipe needs at least one task")
         for task in self.tasks:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", task):
@@ -76,6 +83,8 @@ class Recipe:
             raise ValueError(f"seed: {self.seed} must be at least 0")
         if self.seed > MAX_SEED:
             raise ValueError(f"seed: {self.seed} must be at most {MAX_SEED}")
+        if self.probe:
+            self._check_probe(self.probe)
         if self.student and not self.teacher:
             raise ValueError("student: needs a teacher section")
         if self.scratch and not self.student:
@@ -111,6 +120,18 @@ class Recipe:
                 f"data.image_size: {self.data.image_size} is not a multiple of the tokenizer's downsampling"
                 f" ({self.tokenizer.factor})"
             )
+
+    def _check_probe(self, probe: ProbeConfig) -> None:
+        roles = [role for role in ("teacher", "scratch", "student") if getattr(self, role)]
+        for role in roles:
+            if not self.tasks:
+                raise ValueError(f"tasks: none; {role} needs at least one task, probe.models needs none")
+            if role in probe.models:
+                raise ValueError(f"probe.models.{role}: the run has its own; choose another name")
+        if not roles and not probe.models:
+            raise ValueError("probe.models: none, and the recipe trains none; add NAME: FOLDER")
+        if not self.tasks and not self.tokenizer.folder:
+            raise ValueError("tokenizer.folder: missing, there are no tasks to train a tokenizer on")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -150,6 +171,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for section in (recipe.tokenizer, recipe.teacher, recipe.cache):
         if section and section.folder:
             section.folder = str(Path(section.folder).expanduser())
+    if recipe.probe:
+        folders = recipe.probe.models
+        recipe.probe.models = {name: str(Path(folder).expanduser()) for name, folder in folders.items()}
+        if recipe.probe.folder:
+            recipe.probe.folder = str(Path(recipe.probe.folder).expanduser())
     if recipe.student and recipe.student.start_folder:
         recipe.student.start_folder = str(Path(recipe.student.start_folder).expanduser())
     return recipe

@@ -6,12 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from delvm import llama, memory, ranks
-from delvm import recipe as recipes
 from delvm.chain import Run, show_plan
 from delvm.console import console, show_scores, table
 from delvm.distill.cache import cache_bytes
-from delvm.evaluate.prompting import load_pictures
-from delvm.evaluate.report import Report, render
+from delvm.evaluate import board, runs
+from delvm.evaluate.report import render
 from delvm.given import Given
 from delvm.material import list_samples
 from delvm.plan import Plan
@@ -26,6 +25,11 @@ def dry_run(run: Run) -> None:
         UserError: what `Run.fit` would refuse.
     """
     given = run.given
+    if not run.recipe.tasks:
+        given.check()
+        show_probe_plan(given)
+        show_stages(run)
+        return
     with TemporaryDirectory() as folder:
         material = list_samples(given, Path(folder), run.dir)
     plan = material.plan
@@ -58,6 +62,21 @@ def dry_run(run: Run) -> None:
         console.print(f"tokenizer: {tokenizer.folder}")
     ends = " and BOS, EOS" if run.recipe.sentences.specials else ""
     console.print(f"rows: {plan.length} tokens, {given.num_codes} codes{ends}")
+    show_probe_plan(given)
+    show_stages(run)
+
+
+def show_probe_plan(given: Given) -> None:
+    """Print what the probe, if there is one, reads and with which models."""
+    probe = given.recipe.probe
+    if probe:
+        train, validation = given.probe_pictures.values()
+        counts = f"{len(train)} training, {len(validation)} held-out pictures of {len(train.classes)} classes"
+        console.print(f"probe: {counts}; {', '.join([*given.models, *probe.models, *probe.controls])}")
+
+
+def show_stages(run: Run) -> None:
+    """Print which stages are done."""
     keys: dict[str, str] = {}
     for stage in run.stages():
         keys[stage.name] = stage_key(stage, keys)
@@ -114,48 +133,39 @@ def _size(number: int) -> str:
 
 
 def conclude(run: Run) -> None:
-    """Write `metrics.json` and `report.html` of a run that has ended, and print its last table."""
+    """Write `metrics.json`, `report.html` and the same to TensorBoard of a run that has ended, and print its
+    last table."""
     stages = {stage.name: record(run.dir / stage.name) for stage in run.stages()}
+    probed = run.metrics.get("probe", {})
+    if probed:
+        show_probe(probed)
+    if not run.recipe.tasks:
+        console.print(f"probe: {run.dir / 'probe' / 'metrics.json'}", soft_wrap=True)
+        return
     result = {
         "balance": run.material.plan.summary,
         "data": run.metrics["data"],
         "tokenizer": run.metrics["tokenizer"],
         "evaluate": run.metrics.get("evaluate", {}),
+        **({"probe": probed} if probed else {}),
         "seconds": {name: entry["seconds"] for name, entry in stages.items()},
     }
     write_atomic(run.dir / "metrics.json", json.dumps(result, indent=2) + "\n")
     page = run.dir / "report.html"
-    write_atomic(page, render(report(run, result)))
+    shown = runs.report(run.dir)
+    write_atomic(page, render(shown))
+    board.write(run.dir / "tensorboard" / "report", result, shown.pictures)
     if result["evaluate"]:
         show_scores(result["evaluate"])
     console.print(f"report: {page}", soft_wrap=True)
 
 
-def report(run: Run, result: dict) -> Report:
-    """What the page shows, read back from the run folder."""
-    curves = {}
-    facts = [("seed", str(run.recipe.seed)), ("image size", f"{run.recipe.data.image_size} px")]
-    for role in run.given.models:
-        config = run.given.training_config(role)
-        parameters = llama.count_parameters(run.given.model_config(role, run.material.plan.positions))
-        if role == "teacher" and run.given.teacher:
-            facts.append((role, f"{config.folder}: {parameters / 1e6:.2f}M parameters"))
-            continue
-        points = json.loads((run.dir / role / "curve.json").read_text())
-        curves[role] = [(point["step"], point["ce"]) for point in points]
-        facts.append((role, f"{config.size}: {parameters / 1e6:.2f}M parameters, {config.steps} steps"))
-    pictures = load_pictures(run.dir / "evaluate" / "pictures")
-    drawn = run.recipe.prompting
-    how = "greedy" if drawn.temperature == 0 else f"temperature {drawn.temperature:g}, top-p {drawn.top_p:g}"
-    facts.append(("annotations", how))
-    facts.append(("time", f"{sum(result['seconds'].values()):.0f} s in all stages"))
-    return Report(
-        title=run.recipe.name,
-        facts=facts,
-        balance=result["balance"],
-        tokenizer=result["tokenizer"],
-        curves=curves,
-        scores=result["evaluate"],
-        pictures={task: pictures[task] for task in run.recipe.tasks if task in pictures},
-        recipe=recipes.to_yaml(run.recipe),
-    )
+def show_probe(probed: dict) -> None:
+    """Print what every classifier reads from every model's features: mean over the seeds, range, error."""
+    rows = [
+        [name, kind, f"{found['top1']:.3f}", f"{found['low']:.3f}-{found['high']:.3f}",
+         f"{found['error']:.3f}", f"{found['top5']:.3f}"]
+        for name, kinds in probed["models"].items() for kind, found in kinds.items()
+    ]  # fmt: skip
+    title = f"probe: {probed['validation']} held-out pictures of {probed['classes']} classes"
+    table(title, ["features of", "classifier", "top-1", "seeds", "standard error", "top-5"], rows)

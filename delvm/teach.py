@@ -131,7 +131,7 @@ def train_model(
     if recipe.balance.online:
         assert isinstance(rows, TrainingSentences)
         dataset = OnlineSentences(rows, material.views("train"))
-        module.prepare = Encode(rows, material.tokenizer())
+        module.prepare = Encode(rows, material.tokenizer(), recipe.tokens)
     set_up_model(module.model, recipe.trainer)
     pl.seed_everything(seed_of(recipe, role), verbose=False)
     train_and_log(

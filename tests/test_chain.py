@@ -28,6 +28,7 @@ from delvm.tokenizer import Tokenizer
 from delvm.tokens import formats, sentences
 from delvm.tokens.store import open_store
 from tests.processes import launched
+from tests.test_features import write_classes
 from tools.check_run import check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +67,7 @@ def again(copy, *overrides, capsys):
     capsys.readouterr()
     assert fit.run(copy[0], [f"run_dir={copy[1]}", *overrides]) == 0
     said = capsys.readouterr().out
-    stages = [*STAGES[:5], "cache", *STAGES[5:]]
+    stages = [*STAGES[:5], "cache", *STAGES[5:7], "probe", *STAGES[7:]]
     made = [name for name in stages if f"{name}: done in" in said]
     reused = [name for name in stages if f"{name}: unchanged, reused" in said]
     assert not set(made) & set(reused)
@@ -125,7 +126,9 @@ def test_scores_are_those_of_the_saved_models_on_held_out_sentences(metrics, run
         expected = likelihood.evaluate(model, held, roles)
         assert list(expected) == TASKS
         for task in TASKS:
-            assert metrics["evaluate"][role][task] == pytest.approx(expected[task], rel=1e-5)
+            found = dict(metrics["evaluate"][role][task])
+            assert set(found.pop("pictures")) == {"truth", "reconstruction", "ceiling"}
+            assert found == pytest.approx(expected[task], rel=1e-5)
             assert set(expected[task]) >= {"loss", "accuracy", "perplexity", "annotation_loss"}
 
 
@@ -255,6 +258,29 @@ def test_seeds_differ_and_repeat(finished, tmp_path):
         assert fit.run(finished / "micro.yaml", [f"run_dir={run_dir}", f"seed={seed}", *stop]) == 0
         results.append(json.loads((run_dir / "metrics.json").read_text())["evaluate"])
     assert results[0] == results[1] != results[2]
+
+
+def test_a_probe_reads_the_runs_models(copy, tmp_path, capsys):
+    write_classes(tmp_path / "train", {"ant": 7, "bee": 7})
+    write_classes(tmp_path / "val", {"bee": 3})
+    asked = [f"probe.train={tmp_path / 'train'}", f"probe.validation={tmp_path / 'val'}", "probe.seeds=1"]
+    asked.append("probe.readout=mean")  # few features: the ridge's time is the cube of their number
+    assert again(copy, *asked, capsys=capsys) == ["probe"]
+    said = json.loads((copy[1] / "metrics.json").read_text())["probe"]
+    assert list(said["models"]) == [*ROLES, "random", "tokens", "pixels", "codebook"]
+    assert (said["train"], said["validation"], said["classes"]) == (14, 3, 2)
+    assert 0 <= said["models"]["student"]["ridge"]["top1"] <= 1
+    shards = list((copy[1] / "features").rglob("0*.npy"))
+    stamps = [shard.stat().st_mtime_ns for shard in shards]
+    assert again(copy, *asked, capsys=capsys) == []
+    # another classifier reads what is there; another picture makes the features anew
+    assert again(copy, *asked, "probe.classifiers=[nearest]", capsys=capsys) == ["probe"]
+    assert [shard.stat().st_mtime_ns for shard in shards] == stamps
+    Image.new("RGB", (9, 9)).save(tmp_path / "val" / "bee" / "0.png")
+    assert again(copy, *asked, capsys=capsys) == ["probe"]
+    assert [s.parent.name for s, t in zip(shards, stamps, strict=True) if s.stat().st_mtime_ns == t] == [
+        shard.parent.name for shard in shards if shard.parent.name.endswith(".train")
+    ]
 
 
 def test_without_student_the_teacher_is_exported(finished, tmp_path):

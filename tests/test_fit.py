@@ -16,6 +16,7 @@ import torch
 from delvm import fit, llama
 from delvm.images.listing import Entries
 from tests.processes import launched
+from tests.test_features import write_classes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -391,3 +392,67 @@ def test_torchrun_stops_and_goes_on(finished, tmp_path):
     assert fit.main([str(recipe), f"run_dir={run_dir}", *short]) == 0
     curve = json.loads((run_dir / "student" / "curve.json").read_text())
     assert [point["step"] for point in curve] == list(range(2, 61, 2))
+
+
+# --- a probe of given models ---
+
+
+@pytest.fixture
+def probing(finished, tmp_path):
+    """Folders of classes, and the overrides with which the recipe for ImageNet reads them."""
+    write_classes(tmp_path / "train", {"ant": 7, "bee": 7})
+    write_classes(tmp_path / "val", {"ant": 3, "bee": 2})
+    run = finished / "run"
+    return [
+        f"probe.train={tmp_path / 'train'}", f"probe.validation={tmp_path / 'val'}",
+        f"probe.models.student={run / 'student'}", f"probe.models.scratch={run / 'scratch'}",
+        f"tokenizer.folder={run / 'tokenizer'}", "probe.layers=[1,2]", "probe.epochs=2",
+        "trainer.num_workers=0", "trainer.precision=32-true", "trainer.accelerator=cpu",
+    ]  # fmt: skip
+
+
+def test_the_recipe_for_imagenet_probes_any_classes(probing, tmp_path, capfd):
+    recipe, run_dir = ROOT / "recipes" / "probe_imagenet.yaml", f"run_dir={tmp_path / 'run'}"
+    assert fit.main([str(recipe), run_dir, *probing, "--dry-run"]) == 0
+    said = capfd.readouterr().out
+    assert "probe: 14 training, 5 held-out pictures of 2 classes; student, scratch, tokens" in said
+    assert "probe: to do" in said
+    assert not (tmp_path / "run").exists()
+    assert fit.main([str(recipe), run_dir, *probing]) == 0
+    said = capfd.readouterr().out
+    assert "probe: 5 held-out pictures of 2 classes" in said
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"recipe.yaml", "probe", "features", "tensorboard"}
+    rows = json.loads((tmp_path / "run" / "probe" / "metrics.json").read_text())["models"]
+    assert list(rows) == ["student", "scratch", "random", "tokens", "pixels", "codebook"]
+    assert {kind for kinds in rows.values() for kind in kinds} == {"ridge", "nearest", "linear"}
+    assert fit.main([str(recipe), run_dir, *probing]) == 0
+    assert "probe: unchanged, reused" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        ("empty", "probe.train: no pictures (.jpg, .jpeg, .png) in '{0}/train/cat'"),
+        ("strange", "probe.validation: '{0}/val' has class 'cat', which the training pictures have not"),
+        ("broken", "{0}/val/bee/1.png: unreadable picture (not a picture)"),
+        ("folder", "probe.models.student: {0}/none: no such folder"),
+        ("codes", "probe.models.student: num_codes: 16, the model has 8 ids"),
+    ],
+)
+def test_a_probe_that_cannot_be(probing, tmp_path, capfd, damage, line):
+    if damage == "empty":
+        (tmp_path / "train" / "cat").mkdir()
+    elif damage == "strange":
+        write_classes(tmp_path / "val", {"cat": 1})
+    elif damage == "broken":
+        (tmp_path / "val" / "bee" / "1.png").write_bytes(b"no picture")
+    elif damage == "codes":
+        llama.save(llama.build("micro", 8, 32), tmp_path / "few")
+    models = {"folder": "none", "codes": "few"}
+    more = [f"probe.models.student={tmp_path / models[damage]}"] if damage in models else []
+    recipe = ROOT / "recipes" / "probe_imagenet.yaml"
+    assert fit.main([str(recipe), f"run_dir={tmp_path / 'run'}", *probing, *more]) == 2
+    said = capfd.readouterr().err.rstrip("\n").split("\n")[-1].split("\r")[-1]
+    assert said.startswith("error: " + line.format(tmp_path))
+    assert (tmp_path / "run").exists() == (damage == "broken")  # what was read is kept

@@ -32,11 +32,18 @@ ORDER = [
     "training",
     "tokenizer.vqgan",
     "tokenizer.published",
+    "tokenizer.measures",
+    "tokenizer.linear_start",
+    "tokenizer.quantizers",
+    "tokenizer.perceptual",
+    "tokenizer.adversarial",
     "tokenizer.training",
     "tokens.balance",
     "tokens.formats",
     "tokens.lines",
+    "tokens.journal",
     "tokens.store",
+    "tokens.encoder",
     "tokens.encoding",
     "tokens.sentences",
     "tokens.rows",
@@ -44,6 +51,7 @@ ORDER = [
     "published",
     "llama",
     "generation",
+    "student",
     "distill.divergences",
     "distill.comparisons",
     "distill.fused",
@@ -58,20 +66,50 @@ ORDER = [
     "distill.module",
     "evaluate.likelihood",
     "evaluate.prompting",
+    "evaluate.pose",
+    "evaluate.scores",
+    "evaluate.choice",
     "evaluate.held_out",
+    "evaluate.readers",
+    "evaluate.features",
+    "evaluate.classifiers",
+    "evaluate.heads",
+    "evaluate.probe",
+    "evaluate.charts",
+    "evaluate.gallery",
+    "evaluate.board",
+    "evaluate.comparison",
+    "evaluate.tables",
     "evaluate.report",
-    "export",
+    "evaluate.runs",
+    "export.usage",
+    "export.graphs",
+    "export.onnx",
+    "export.quality",
+    "export.card",
+    "export.folder",
     "recipe",
     "plan",
     "given",
     "material",
+    "export.source",
+    "export.__main__",
     "teach",
     "chain",
     "summary",
     "fit",
+    "evaluate.__main__",
+    "prompt",
+    "report",
+    "demo.examples",
+    "demo.prompt",
+    "demo.page",
+    "demo.__main__",
 ]
 PURE = ["tokens.balance", "distill.divergences", "distill.records", "images.augment", "images.annotate"]
-MAY_IMPORT_RECIPE = ["plan", "given", "material", "teach", "chain", "summary", "fit"]
+MAY_IMPORT_RECIPE = [
+    "plan", "given", "material", "export.source", "teach", "chain", "summary", "fit", "evaluate.__main__",
+]  # fmt: skip
 
 FILES = {
     ".".join(path.relative_to(ROOT / "delvm").with_suffix("").parts): path
@@ -125,7 +163,7 @@ def test_a_file_imports_only_files_above_it(name):
     assert not below, f"{name} imports {sorted(below)}"
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", [name for name in PACKAGES if name])  # delvm itself offers what is below it
 def test_a_package_re_exports_only_its_own(name):
     assert all(module.startswith(f"{name}.") for module in imported(PACKAGES[name]))
 
@@ -157,6 +195,7 @@ def test_the_reader_sees_every_form_of_import(tmp_path):
     expected = {
         "llama",
         "recipe",
+        "student",  # which delvm.load is of
         "tokens.balance",
         "tokens.store",
         "tokenizer.vqgan",

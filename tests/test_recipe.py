@@ -31,7 +31,7 @@ student: {{size: tiny, steps: 10}}
 """
 SECTIONS = (
     "name, run_dir, seed, data, tasks, balance, tokenizer, sentences, teacher, scratch, cache, student,"
-    " prompting, trainer"
+    " prompting, probe, trainer"
 )
 
 
@@ -113,6 +113,7 @@ def test_what_a_recipe_leaves_out_is_the_default(write):
         scratch=None,
         student=None,
         prompting=PromptingConfig(),
+        probe=None,
         trainer=TrainerConfig(),
     )
 
@@ -424,6 +425,36 @@ def test_a_recipe_without_tasks(write):
     for text in ("", "# nothing yet\n", "seed: 1\n", "tasks: {}\n"):
         path = write(text)
         assert _refused(load, path) == f"{path}: {message}"
+
+
+PROBE = "probe: {train: t, validation: v, models: {student: ~/s}}\ntokenizer: {folder: f}\n"
+
+
+def test_a_probe_of_given_models_needs_no_tasks(write):
+    found = load(write(PROBE))
+    assert found.tasks == {}
+    assert found.probe.models == {"student": str(Path("~/s").expanduser())}
+    assert load(write(), ["probe.train=t", "probe.validation=v"]).probe.models == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        (PROBE, "teacher.steps=1", "tasks: none; teacher needs at least one task, probe.models needs none"),
+        (
+            PROBE.replace("train: t, ", ""),
+            "seed=0",
+            "probe.train: missing, give a folder with one folder of pictures a class",
+        ),
+        (PROBE[:-24], "seed=0", "tokenizer.folder: missing, there are no tasks to train a tokenizer on"),
+        (PROBE, "probe.seeds=0", "probe.seeds: 0 must be at least 1"),
+        ("probe: {train: t, validation: v}", "seed=0", "probe.models: none, and the recipe trains none; add"),
+        (SMALL + PROBE, "seed=0", "probe.models.student: the run has its own; choose another name"),
+    ],
+)
+def test_a_probe_that_lacks_something(write, text, override, message):
+    path = write(text)
+    assert _refused(load, path, [override]).startswith(f"{path}: {message}")
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "..", "-a", "_a", "é", "a.b", ""])

@@ -3,9 +3,12 @@
 import json
 import re
 
-from delvm import chain, fit, llama, recipe, summary
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from delvm import fit, llama
+from delvm.evaluate import runs
 from delvm.evaluate.report import render
-from delvm.material import open_samples
 
 
 def test_a_dry_run_says_plan_and_sizes_and_writes_nothing(micro, capsys):
@@ -52,18 +55,6 @@ def test_a_dry_run_says_where_the_teacher_comes_from(finished, capsys):
     assert [said_of[name] for name in stages] == ["to do", "done, would be reused", "to do", "to do"]
 
 
-def test_the_page_of_a_given_teacher_has_no_curve_of_it(finished):
-    run_dir = finished / "run"
-    overrides = [f"run_dir={run_dir}", f"teacher.folder={run_dir / 'teacher'}"]
-    work = chain.Run(recipe.load(finished / "micro.yaml", overrides))
-    work.material = open_samples(work.given, run_dir / "data", run_dir)
-    found = summary.report(work, json.loads((run_dir / "metrics.json").read_text()))
-    assert list(found.curves) == ["scratch", "student"]
-    parameters = llama.count_parameters(llama.load_config(run_dir / "teacher")) / 1e6
-    assert ("teacher", f"{run_dir / 'teacher'}: {parameters:.2f}M parameters") in found.facts
-    assert "teacher" in render(found)
-
-
 def test_the_numbers_of_a_run(finished):
     metrics = json.loads((finished / "run" / "metrics.json").read_text())
     assert set(metrics) == {"balance", "data", "tokenizer", "evaluate", "seconds"}
@@ -81,10 +72,8 @@ def test_the_numbers_of_a_run(finished):
 
 def test_the_page_shows_what_the_folder_holds(finished):
     run_dir = finished / "run"
-    work = chain.Run(recipe.load(finished / "micro.yaml", [f"run_dir={run_dir}"]))
-    work.material = open_samples(work.given, run_dir / "data", run_dir)
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    found = summary.report(work, metrics)
+    found = runs.report(run_dir)
     assert found.title == "micro"
     assert found.scores == metrics["evaluate"]
     assert found.balance == metrics["balance"]
@@ -97,3 +86,12 @@ def test_the_page_shows_what_the_folder_holds(finished):
     page = (run_dir / "report.html").read_text()
     assert page == render(found)
     assert page.count("data:image/png") >= 3 * 2 * 7
+
+
+def test_tensorboard_has_the_numbers_and_pictures_of_the_page(finished):
+    run_dir = finished / "run"
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    events = EventAccumulator(str(run_dir / "tensorboard" / "report"), {"scalars": 0, "images": 0}).Reload()
+    loss = metrics["evaluate"]["student"]["grey"]["pictures"]["ceiling"]["mse"]
+    assert events.Scalars("evaluate/student/grey/pictures/ceiling/mse")[0].value == pytest.approx(loss)
+    assert set(events.Tags()["images"]) == {"pictures/segmentation", "pictures/pose", "pictures/grey"}
