@@ -30,8 +30,8 @@ scratch: {{learning_rate: 1.0e-3}}
 student: {{size: tiny, steps: 10}}
 """
 SECTIONS = (
-    "name, run_dir, seed, data, tasks, balance, tokenizer, sentences, teacher, scratch, cache, student,"
-    " prompting, probe, trainer"
+    "name, run_dir, seed, data, tasks, balance, tokenizer, tokens, sentences, teacher, scratch, cache,"
+    " student, prompting, probe, trainer"
 )
 
 
