@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from delvm.errors import UserError
+from delvm.errors import STOPPED, USAGE_ERROR, UserError
 
-ENDED, USAGE_ERROR, STOPPED = 1, 2, 130
+ENDED = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -94,11 +94,17 @@ class Given:
         hashes = {}
         for name, folder in (self.recipe.probe.models if self.recipe.probe else {}).items():
             try:
-                llama.load_config(folder, num_codes=self.num_codes)
+                config = llama.load_config(folder, num_codes=self.num_codes)
+                self._check_layers(name, config)
                 hashes[name] = weights_hash(Path(folder))
             except UserError as error:
                 raise UserError(f"probe.models.{name}: {error}") from error
         return hashes
+
+    def _check_layers(self, name: str, config: LlamaConfig) -> None:
+        layers, most = self.recipe.probe.layers if self.recipe.probe else [], config.num_hidden_layers
+        if max(layers, default=1) > most:
+            raise UserError(f"probe.layers: {layers}, but '{name}' has 1 to {most}; [] are all")
 
     @property
     def image_tasks(self) -> dict[str, TaskConfig]:
@@ -168,6 +174,8 @@ class Given:
             if model and not model.folder:
                 check_batch_size(f"{key}.batch_size", model.batch_size, recipe.trainer.accumulate)
         _ = self.teacher, self.probe_pictures, self.probe_hashes
+        for role in self.models:
+            self._check_layers(role, self.model_config(role, 1))
         self._check_start()
         run_dir = Path(recipe.run_dir).resolve()
         if cache and cache.folder and Path(cache.folder).resolve().is_relative_to(run_dir):

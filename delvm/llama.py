@@ -88,6 +88,12 @@ def find_size(name: str) -> Size:
     raise ValueError(f"size: {name!r} is unknown; {hint}choices: {', '.join(SIZES)}")
 
 
+def most_specials(num_codes: int) -> int:
+    """Ids that a vocabulary may have beyond the codes: BOS and EOS, LVM's 100 of 8292; more belong to another
+    tokenizer."""
+    return 2 + num_codes // 64
+
+
 def configuration(
     size: str, vocab_size: int, max_positions: int, *, bos: int | None = None, eos: int | None = None
 ) -> LlamaConfig:

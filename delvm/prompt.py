@@ -22,13 +22,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from delvm.errors import UserError
+from delvm.errors import UserError, exit_status
 from delvm.evaluate.prompting import Picture, PromptingConfig, grid
 from delvm.images.files import read_picture
 from delvm.images.folders import Folder, Pairs
 from delvm.student import Student, load
 
-USAGE_ERROR = 2
 IMAGE, LABEL = "_img", "_label"
 
 
@@ -196,16 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--candidates", type=int, default=1, metavar="N", help="answers to each query")
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except OSError as error:
-        why = f"{error.filename}: {error.strerror}" if error.filename else error
-        print(f"error: {why}", file=sys.stderr)
-        return USAGE_ERROR
-    return 0
+    return exit_status(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-USAGE_ERROR = 2
+from delvm.errors import exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,26 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s"
     )
     options = parser.parse_args(arguments)
+    return exit_status(lambda: compare(options.runs, options.out))
 
+
+def compare(runs: Sequence[Path], out: Path) -> None:
+    """Write the page of these runs. Raises UserError for a folder that is none."""
     # imported here, so that --help answers at once
     from delvm.console import console
-    from delvm.errors import UserError
     from delvm.evaluate.report import render_groups
     from delvm.evaluate.runs import groups
     from delvm.stages import write_atomic
 
-    try:
-        found = groups(options.runs)
-        title = " · ".join(dict.fromkeys(run.title for group in found for run in group.runs))
-        write_atomic(options.out, render_groups(title, found))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return USAGE_ERROR
-    console.print(f"report: {options.out}", soft_wrap=True)
-    return 0
+    found = groups(runs)
+    title = " · ".join(dict.fromkeys(run.title for group in found for run in group.runs))
+    write_atomic(out, render_groups(title, found))
+    console.print(f"report: {out}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -246,8 +246,7 @@ def load(folder: str | Path, tokenizer: str | Path | None = None) -> Student:
     if tokenizer is None:
         raise UserError(f"{folder}: no tokenizer/ in it or beside it; name the folder of its tokenizer")
     vqgan = load_tokenizer(tokenizer)
-    # ids beyond the codes: none (DeLVM), BOS and EOS, 100 of 8292 (LVM); more belong to another tokenizer
-    if not 0 <= config.vocab_size - vqgan.num_codes <= 2 + vqgan.num_codes // 64:
+    if not 0 <= config.vocab_size - vqgan.num_codes <= llama.most_specials(vqgan.num_codes):
         raise UserError(
             f"{tokenizer}: has {vqgan.num_codes} codes; {folder} has a vocabulary of {config.vocab_size}"
         )

@@ -160,7 +160,7 @@ def test_drawn_pictures_are_scored_against_truth_and_reconstruction(held, model,
 
 
 def test_what_is_no_number_is_left_out(held, model):
-    def scorer(generated, truth):
+    def scorer(generated, truth, labels=None):
         return Scored({"oks": math.nan, "pck": 0.5}, np.zeros(len(truth)), True)
 
     found = measure(model, held, PromptingConfig(pictures=1, queries=1), scorers={"shade": scorer})

@@ -35,7 +35,7 @@ HEIGHT, WIDTH = 24, 40
 FOLDERS = {  # what stands for `???` elsewhere
     "pairs": ["tasks.edges.images=photos", "tasks.edges.annotations=drawings"],
     "probe_imagenet": [
-        *(f"probe.{split}=photos" for split in ("train", "validation")),
+        *(f"probe.{split}={split}" for split in ("train", "validation")),
         "probe.models.student=student",
         "tokenizer.folder=tokenizer",
     ],

@@ -404,3 +404,15 @@ def test_palettes_are_those_that_were_painted_with():
         {"source": "sa1b", "images": "i"},
     ):
         assert palette_of(TaskConfig(**task)) is None
+
+
+def test_a_reconstruction_of_labels_takes_its_colours_from_them():
+    rng = np.random.default_rng(0)
+    labels = np.zeros((1, 32, 32, 3), np.uint8)
+    labels[:, :, 10:] = (200, 30, 30)
+    labels[:, 20:, :] = (30, 30, 200)
+    kept, made = (np.clip(labels + rng.normal(0, 6, labels.shape), 0, 255).astype(np.uint8) for _ in "ab")
+    assert score("segmentation", made, kept, labels=labels).metrics == {
+        "miou": 1.0, "covering": 1.0, "pixel_accuracy": 1.0
+    }  # fmt: skip
+    assert score("segmentation", made, kept).metrics["miou"] < 0.5  # its own colours are noise

@@ -18,9 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from delvm.errors import UserError
+from delvm.errors import UserError, exit_status
 
-USAGE_ERROR, STOPPED = 2, 130
 HOST, PORT = "127.0.0.1", 7860
 MOST_SHOTS = 8  # pairs that the page has room for
 
@@ -98,18 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--tokenizer", type=Path, metavar="DIR", help="default: tokenizer/ in a model's folder, or beside it")
     add("--port", type=int, default=PORT, metavar="N", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    try:
-        serve(options)
-    except KeyboardInterrupt:
-        return STOPPED
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except OSError as error:
-        why = f"{error.filename}: {error.strerror}" if error.filename else error
-        print(f"error: {why}", file=sys.stderr)
-        return USAGE_ERROR
-    return 0
+    return exit_status(lambda: serve(options))
 
 
 if __name__ == "__main__":

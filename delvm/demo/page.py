@@ -110,10 +110,14 @@ def build(models: Mapping[str, Model], examples: Mapping[str, list[Example]], sh
             try:
                 prompt = read_prompt(shown, asked, Settings(*settings))
                 yield restart()
+                whole: dict[Any, Any] = {}
                 for drawing in draw(models, prompt):
                     said = f"{described[drawing.model]} · {drawing.seconds:.2f}\N{NO-BREAK SPACE}s"
-                    yield {pictures[drawing.model]: drawing.picture, captions[drawing.model]: said}
-                yield from again(prompt)
+                    row = {pictures[drawing.model]: drawing.picture, captions[drawing.model]: said}
+                    whole |= row
+                    yield row
+                for code_of in again(prompt):  # with all pictures: a busy browser may have missed a row
+                    yield whole | code_of
             except ValueError as error:
                 raise gr.Error(html.escape(str(error)), print_exception=False) from None
 

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from delvm import chain, student
 from delvm import recipe as recipes
 from delvm.console import console, show_scores, table
-from delvm.errors import UserError
+from delvm.errors import UserError, exit_status
 from delvm.evaluate import choice, held_out, likelihood
 from delvm.evaluate.choice import Question
 from delvm.evaluate.held_out import HeldOut, Metrics
@@ -45,8 +45,6 @@ from delvm.tokenizer import Tokenizer
 from delvm.tokens.balance import BalanceConfig
 from delvm.tokens.encoding import write_store
 from delvm.tokens.store import TokenStore
-
-USAGE_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,16 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--lvm-jsonl", type=Path, metavar="FILE", help="examples of LVM's perplexity: pictures, or tokens")
     add("--out", type=Path, metavar="DIR", help="default: evaluation-MODEL beside the model")
     options = parser.parse_intermixed_args(arguments)
-    try:
-        run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except OSError as error:
-        why = f"{error.filename}: {error.strerror}" if error.filename else error
-        print(f"error: {why}", file=sys.stderr)
-        return USAGE_ERROR
-    return 0
+    return exit_status(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -27,8 +27,9 @@ from delvm.tokens.store import TokenStore
 BATCH = 8  # prompts, or pictures, side by side
 
 Metrics = dict[str, float]
-Scorer = Callable[[np.ndarray, np.ndarray], Scored]
-"""Generated pictures and what they should be, (n, H, W, 3) uint8 both -> what they are worth."""
+Scorer = Callable[..., Scored]
+"""Generated pictures and what they should be, (n, H, W, 3) uint8 both -> what they are worth; `labels` are
+the true pictures where these are reconstructions of them."""
 
 
 @dataclass(frozen=True)
@@ -263,14 +264,19 @@ def _draw(
 def _compare(held: HeldOut, task: str, drawn: list[np.ndarray], scorer: Scorer) -> dict[str, Metrics]:
     """Scores of the drawn pictures against what they should be; of tasks of tokens there is no truth."""
     picks = held.picks(task)[: len(drawn), -1]
-    wanted = {"truth": held.pictures} if task in held.views else {}
-    wanted["reconstruction"] = held.reconstructions
-    return {name: _finite(scorer, drawn, pictures(task, picks)) for name, pictures in wanted.items()}
+    kept = held.reconstructions(task, picks)
+    if task not in held.views:
+        return {"reconstruction": _finite(scorer, drawn, kept)}
+    truth = held.pictures(task, picks)
+    against_kept = _finite(scorer, drawn, kept, labels=np.stack(truth))
+    return {"truth": _finite(scorer, drawn, truth), "reconstruction": against_kept}
 
 
-def _finite(scorer: Scorer, generated: list[np.ndarray], truth: list[np.ndarray]) -> Metrics:
+def _finite(
+    scorer: Scorer, generated: list[np.ndarray], truth: list[np.ndarray], **settings: np.ndarray
+) -> Metrics:
     """The metrics that are numbers: where the truth shows nothing to score, some are not."""
-    metrics = scorer(np.stack(generated), np.stack(truth)).metrics
+    metrics = scorer(np.stack(generated), np.stack(truth), **settings).metrics
     return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 

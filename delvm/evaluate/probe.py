@@ -85,6 +85,8 @@ class ProbeConfig:
         for key in ("train", "validation"):
             if not getattr(self, key):
                 raise ValueError(f"{key}: missing, give a folder with one folder of pictures a class")
+        if self.train == self.validation:
+            raise ValueError(f"validation: '{self.validation}' is train; it must hold other pictures")
         tables = {"readout": [*READOUTS], "dtype": ["float16", "float32"]}
         for key, choices in tables.items():
             if getattr(self, key) not in choices:

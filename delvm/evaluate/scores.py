@@ -32,13 +32,20 @@ class Scored:
     higher_is_better: bool
 
 
-def score(kind: str, generated: np.ndarray, truth: np.ndarray, palette: np.ndarray | None = None) -> Scored:
+def score(
+    kind: str,
+    generated: np.ndarray,
+    truth: np.ndarray,
+    palette: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+) -> Scored:
     """One of `SCORES`, of all pictures.
 
     Args:
         kind: a name from `SCORES`; see `kind_of`.
         generated, truth: (n, H, W, 3) uint8, at least one picture.
         palette: (colours, 3), for segmentation alone; see `palette_of`.
+        labels: as generated: what `truth` is a reconstruction of; segmentation takes its colours from there.
 
     Raises:
         ValueError: an unknown kind; pictures of other shapes or types; a palette for another kind.
@@ -50,17 +57,22 @@ def score(kind: str, generated: np.ndarray, truth: np.ndarray, palette: np.ndarr
             raise ValueError(f"{name}: {pictures.dtype} {pictures.shape}, must be uint8 (n, H, W, 3), n > 0")
     if generated.shape != truth.shape:
         raise ValueError(f"generated: {generated.shape}, must be as truth: {truth.shape}")
-    if palette is None:
-        return SCORES[kind](generated, truth)
-    if kind != "segmentation":
+    if kind == "segmentation":
+        return segmentation(generated, truth, palette, labels)
+    if palette is not None:
         raise ValueError(f"palette: score '{kind}' has none; segmentation has")
-    return segmentation(generated, truth, palette)
+    return SCORES[kind](generated, truth)
 
 
 # -- segmentation
 
 
-def segmentation(generated: np.ndarray, truth: np.ndarray, palette: np.ndarray | None = None) -> Scored:
+def segmentation(
+    generated: np.ndarray,
+    truth: np.ndarray,
+    palette: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+) -> Scored:
     """Labels by colour: each pixel is the palette's nearest one (Euclidean in RGB, the first of equal ones).
 
     With a palette, a colour is a class: `miou` is the mean IoU of the classes that the truth shows, black too
@@ -75,10 +87,11 @@ def segmentation(generated: np.ndarray, truth: np.ndarray, palette: np.ndarray |
 
     Args:
         palette: (colours, 3), 0..255; without one, of each truth `colours_of` it.
+        labels: as truth, to take these from: what a tokenizer keeps of labels has colours that are none.
     """
     confusions = []
-    for made, true in zip(generated, truth, strict=True):
-        colours = colours_of(true) if palette is None else palette
+    for made, true, flat in zip(generated, truth, truth if labels is None else labels, strict=True):
+        colours = colours_of(flat) if palette is None else palette
         confusions.append(confusion(nearest(made, colours), nearest(true, colours), len(colours)))
     by_picture = np.array([mean_iou(counts) for counts in confusions])
     if palette is None:

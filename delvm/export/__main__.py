@@ -15,11 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from delvm.errors import UserError
+from delvm.errors import UserError, exit_status
 from delvm.export.folder import FORMATS, export
 from delvm.export.source import find_source
-
-USAGE_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,16 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--format", choices=FORMATS, default="transformers", help="default: transformers")
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     options = parser.parse_args(arguments)
-    try:
-        write(options.model, options.tokenizer, options.format, options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except OSError as error:
-        why = f"{error.filename}: {error.strerror}" if error.filename else error
-        print(f"error: {why}", file=sys.stderr)
-        return USAGE_ERROR
-    return 0
+    return exit_status(lambda: write(options.model, options.tokenizer, options.format, options.out))
 
 
 def write(model: Path, tokenizer: Path | None, format: str, out: Path) -> None:

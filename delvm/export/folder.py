@@ -16,8 +16,6 @@ from delvm.export.usage import ONNX, TRANSFORMERS, Usage
 from delvm.tokenizer import Tokenizer
 from delvm.tokenizer import load as load_tokenizer
 
-MOST_SPECIALS = 128
-"""Ids that a vocabulary may have beyond the codes: LVM has 100. More belong to another tokenizer."""
 RANDOM = 8
 """Sentences of random codes, on which a lossy format is measured where none are held out."""
 
@@ -109,7 +107,7 @@ def _check_codes(
     vocab_size, codes = model.config.vocab_size, tokenizer.num_codes
     if num_codes is not None and codes != num_codes:
         raise UserError(f"{tokenizer_folder}: has {codes} codes; the model was trained on {num_codes}")
-    if not 0 <= vocab_size - codes <= MOST_SPECIALS:
+    if not 0 <= vocab_size - codes <= llama.most_specials(codes):
         raise UserError(f"{folder}: has a vocabulary of {vocab_size}; its tokenizer has {codes} codes")
     for key in ("bos", "eos"):
         special = getattr(model.config, f"{key}_token_id")

@@ -90,6 +90,9 @@ class TokenizerConfig:
             raise ValueError(f"quantizer: '{self.quantizer}' is unknown; choices: {', '.join(QUANTIZERS)}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: {self.learning_rate}, must be above 0")
+        if self.quantizer.startswith("cosine") and not self.restart_below:
+            # a code that nothing began with is 0, and near every small latent
+            raise ValueError(f"restart_below: 0 with quantizer '{self.quantizer}', must be above 0")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay: {self.decay}, must be at least 0 and below 1")
         if not 0 <= self.min_codes_used <= 1:
@@ -204,7 +207,7 @@ class TokenizerTraining(pl.LightningModule):
         latents = self.tokenizer.to_latents(pictures)
         with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):
             torch.manual_seed(int(self.seed) + int(self.steps_done))
-            codes, ids, commitment = self.quantizer(latents)
+            codes, ids, commitment = self._quantized(latents)
         reconstructed = self.tokenizer.from_latents(codes).float()
         error = self._error(reconstructed, pictures)
         loss = error + commitment
@@ -247,13 +250,19 @@ class TokenizerTraining(pl.LightningModule):
         own = discriminator_loss(discriminator(pictures), discriminator(reconstructed.detach()))
         return weight * adversarial + own, {"adversarial": adversarial, "discriminator": own}
 
+    def _quantized(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, ids and commitment, in float32: rounded latents would choose, and move, other codes."""
+        with torch.autocast(latents.device.type, enabled=False):
+            codes, ids, commitment = self.quantizer(latents.float())
+        return codes, ids, commitment
+
     @torch.no_grad()
     def diagnose(self) -> dict[str, float] | None:
         """SSIM of the last step's first pictures; they go to TensorBoard, over what their codes keep."""
         if self._seen is None:
             return None
         self.quantizer.eval()  # or it would learn from them
-        codes = self.quantizer(self.tokenizer.to_latents(self._seen))[0]
+        codes = self._quantized(self.tokenizer.to_latents(self._seen))[0]
         self.quantizer.train()
         kept = self.tokenizer.from_latents(codes).clamp(0.0, 1.0)
         if isinstance(self.logger, TensorBoardLogger):
