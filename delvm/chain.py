@@ -96,7 +96,7 @@ class Run:
         if not config.folder:
             return self.from_labels("teacher", folder)
         if ranks.is_first():
-            llama.save(llama.load(config.folder), folder)
+            llama.save(llama.load(config.folder), folder, num_codes=self.given.num_codes)
         return {}
 
     def scratch(self, folder: Path) -> dict:

@@ -88,10 +88,16 @@ def find_size(name: str) -> Size:
     raise ValueError(f"size: {name!r} is unknown; {hint}choices: {', '.join(SIZES)}")
 
 
-def most_specials(num_codes: int) -> int:
-    """Ids that a vocabulary may have beyond the codes: BOS and EOS, LVM's 100 of 8292; more belong to another
-    tokenizer."""
-    return 2 + num_codes // 64
+def codes_fit(config: LlamaConfig, num_codes: int) -> bool:
+    """Whether a model reads the codes of a tokenizer that has `num_codes`.
+
+    A model that this project has saved says what it was trained on. Of another one it is taken for granted
+    where the ids beyond the codes are few: BOS and EOS, LVM's 100 of 8292.
+    """
+    trained_on = getattr(config, "num_codes", None)
+    if trained_on is not None:
+        return bool(trained_on == num_codes)
+    return 0 <= config.vocab_size - num_codes <= 2 + num_codes // 64
 
 
 def configuration(
@@ -200,8 +206,13 @@ def count_parameters(config: LlamaConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def save(model: LlamaForCausalLM, folder: str | Path) -> None:
-    """Writes config.json, generation_config.json, model.safetensors. Raises OSError where they do not fit."""
+def save(model: LlamaForCausalLM, folder: str | Path, *, num_codes: int | None = None) -> None:
+    """Writes config.json, generation_config.json, model.safetensors. Raises OSError where they do not fit.
+
+    num_codes: of the tokenizer whose codes the model reads, where that is known; config.json says it.
+    """
+    if num_codes is not None:
+        model.config.num_codes = num_codes
     try:
         _quietly(lambda: model.save_pretrained(folder))
     except SafetensorError as error:  # a full disk reaches us under this name

@@ -246,7 +246,7 @@ def load(folder: str | Path, tokenizer: str | Path | None = None) -> Student:
     if tokenizer is None:
         raise UserError(f"{folder}: no tokenizer/ in it or beside it; name the folder of its tokenizer")
     vqgan = load_tokenizer(tokenizer)
-    if not 0 <= config.vocab_size - vqgan.num_codes <= llama.most_specials(vqgan.num_codes):
+    if not llama.codes_fit(config, vqgan.num_codes):
         raise UserError(
             f"{tokenizer}: has {vqgan.num_codes} codes; {folder} has a vocabulary of {config.vocab_size}"
         )

@@ -139,7 +139,7 @@ def train_model(
         clip=module.config.clip, folder=folder, run_dir=material.run_dir,
     )  # fmt: skip
     if ranks.is_first():
-        llama.save(module.model.cpu(), folder)
+        llama.save(module.model.cpu(), folder, num_codes=material.given.num_codes)
         discard_checkpoint(folder)
 
 

@@ -260,3 +260,14 @@ def test_missing_folder_is_never_looked_up_elsewhere(tmp_path):
 def test_disk_full_is_an_os_error(micro):
     with pytest.raises(OSError, match=r"/dev/full"):
         llama.save(micro, "/dev/full/model")
+
+
+def test_a_saved_model_says_which_codes_it_reads_and_others_are_judged_by_their_vocabulary(tmp_path):
+    model = llama.build("micro", 116, 64, bos=115, eos=20, seed=0)
+    llama.save(model, tmp_path / "ours", num_codes=16)
+    config = llama.load_config(tmp_path / "ours")
+    assert (config.num_codes, config.vocab_size) == (16, 116)
+    assert [codes for codes in range(1, 130) if llama.codes_fit(config, codes)] == [16]
+    published = llama.configuration("micro", 8292, 64)  # LVM's
+    fitting = [codes for codes in (4096, 8162, 8163, 8292, 8293) if llama.codes_fit(published, codes)]
+    assert fitting == [8163, 8292]

@@ -38,7 +38,7 @@ def write_transformers(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Pa
         eos_token_id=None,
         pad_token_id=None,
     )
-    llama.save(model, folder)
+    llama.save(model, folder, num_codes=tokenizer.num_codes)
     tokenizer.save(folder / "tokenizer")
 
 
@@ -104,10 +104,11 @@ def _check_codes(
     model: LlamaForCausalLM, folder: Path, tokenizer: Tokenizer, tokenizer_folder: Path, num_codes: int | None
 ) -> None:
     """Refuse a tokenizer of another codebook."""
-    vocab_size, codes = model.config.vocab_size, tokenizer.num_codes
+    codes = tokenizer.num_codes
     if num_codes is not None and codes != num_codes:
         raise UserError(f"{tokenizer_folder}: has {codes} codes; the model was trained on {num_codes}")
-    if not 0 <= vocab_size - codes <= llama.most_specials(codes):
+    vocab_size = model.config.vocab_size
+    if vocab_size < codes or not (num_codes or llama.codes_fit(model.config, codes)):
         raise UserError(f"{folder}: has a vocabulary of {vocab_size}; its tokenizer has {codes} codes")
     for key in ("bos", "eos"):
         special = getattr(model.config, f"{key}_token_id")
