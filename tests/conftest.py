@@ -1,3 +1,5 @@
+import multiprocessing
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,17 @@ student: {{size: micro, steps: 6, batch_size: 4, learning_rate: 1.0e-3}}
 prompting: {{pictures: 2}}
 trainer: {{log_every: 2, checkpoint_every: 3, accelerator: cpu}}
 """
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Name and end processes that tests have left: the program's own end would wait for them, for ever."""
+    left = multiprocessing.active_children()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a worker is killed
+    for process in left:
+        process.kill()
+    if left:
+        print(f"\nerror: processes were left behind: {[process.name for process in left]}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="module")
