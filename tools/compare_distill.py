@@ -6,8 +6,9 @@
 
 All arms of a seed share tokenizer, sentences, teacher and steps. --tune finds, on a seed apart, the KD weight
 of every arm and then its learning rate, until the best lies between two that are worse, and writes them down,
-for this size and these steps; the tables use them. Gap: how much of what the teacher's loss lies below
-scratch's of equal steps. What is done is kept: the same command goes on where it was stopped.
+for this size and these steps; the tables use them. Arms of TUNED_AS take those of the arm that they vary.
+Gap: how much of what the teacher's loss lies below scratch's of equal steps.
+What is done is kept: the same command goes on where it was stopped.
 
 The teacher's hidden states are the same in every arm: they are computed once a seed and kept in memory, so
 that a live teacher costs an arm next to nothing here. That changes no number.
@@ -62,6 +63,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "slice, labels alone, even": {"start": "slice", "kd_weight": 0.0, "start_layers": "even"},
     "slice, even": {"start": "slice", "start_layers": "even"},
 }
+TUNED_AS: dict[str, str] = {
+    # T² keeps the gradients' size; a cache is the same objective from elsewhere
+    **{f"{name}, T 2": name for name in DENSE},
+    "cached, topk 64": PLAIN,
+    "on-policy 0.25, confidence 0.5": "on-policy 0.25",
+    "slice, even": "slice",
+    "slice, labels alone, even": "slice, labels alone",
+}
+"""Arms that take weight and rate of another one, whose training differs little."""
 REMEMBERED = 2**31  # bytes of hidden states
 
 
@@ -73,7 +83,8 @@ def arm_settings(recipe: recipes.Recipe, arm: str) -> list:
 
 def tuned_key(recipe: recipes.Recipe, arm: str) -> str:
     """What the best weight and rate of an arm depend on: all but the seed."""
-    return hashed(str(recipe.tasks), str(recipe.tokenizer), str(recipe.teacher), arm_settings(recipe, arm))
+    settings = arm_settings(recipe, TUNED_AS.get(arm, arm))
+    return hashed(str(recipe.tasks), str(recipe.tokenizer), str(recipe.teacher), settings)
 
 
 def hashed(*parts: Any) -> str:
@@ -187,8 +198,8 @@ def bracket(score: Callable[[float], float], start: float, factor: float) -> flo
     return best
 
 
-def tune(seed: Seed, arms: list[str], chosen: dict[str, dict], keep: Callable[[], None]) -> None:
-    """Add weight and rate of every arm to `chosen`; `keep` is called after each."""
+def tune(seed: Seed, arms: list[str], chosen: dict[str, dict], kept: Callable[[], None]) -> None:
+    """Add weight and rate of every arm to `chosen`; `kept` is called after each."""
 
     def mean(arm: str, weight: float, rate: float) -> float:
         try:
@@ -206,9 +217,15 @@ def tune(seed: Seed, arms: list[str], chosen: dict[str, dict], keep: Callable[[]
             weight = bracket(lambda x, arm=arm, rate=rate: mean(arm, x, rate), weight, 4.0)  # type: ignore[misc]
         rate = bracket(lambda x, arm=arm, weight=weight: mean(arm, weight, x), rate, 2.0)  # type: ignore[misc]
         chosen[tuned_key(seed.recipe, arm)] = {"arm": arm, "weight": weight, "rate": rate}
-        keep()
+        kept()
         rows.append((arm, f"{weight:g}", f"{rate:g}", f"{mean(arm, weight, rate):.3f}"))
     table(f"tuning, seed {TUNING_SEED}", ["arm", "KD weight", "rate", "mean loss"], rows)
+
+
+def keep(file: Path, chosen: dict[str, dict]) -> None:
+    """Add what was chosen to what the file has: arms may be tuned by several processes at once."""
+    found = json.loads(file.read_text()) if file.exists() else {}
+    write_atomic(file, json.dumps(found | chosen, indent=1) + "\n")
 
 
 def report(scores: dict[int, dict[str, dict[str, float]]], arms: list[str]) -> None:
@@ -259,8 +276,10 @@ def main() -> int:
         if options.tune:
             seed = Seed(options.recipe, options.overrides, TUNING_SEED)
             # plain KL first: the others start from its weight and rate
-            arms = sorted(options.arms, key=lambda arm: arm != PLAIN)
-            tune(seed, arms, chosen, lambda: write_atomic(file, json.dumps(chosen, indent=1) + "\n"))
+            arms = sorted(
+                {TUNED_AS.get(arm, arm): None for arm in options.arms}, key=lambda arm: arm != PLAIN
+            )
+            tune(seed, arms, chosen, lambda: keep(file, chosen))
             return 0
         keys = {arm: tuned_key(recipe, arm) for arm in options.arms}
         if unknown := [arm for arm, key in keys.items() if key not in chosen]:
