@@ -66,8 +66,10 @@ ARMS: dict[str, dict[str, Any]] = {
 TUNED_AS: dict[str, str] = {
     # T² keeps the gradients' size; a cache is the same objective from elsewhere
     **{f"{name}, T 2": name for name in DENSE},
-    "cached, topk 64": PLAIN,
-    "on-policy 0.25, confidence 0.5": "on-policy 0.25",
+    **dict.fromkeys(
+        ("forward_kl, annotations alone", "forward_kl, weight falls to 0", "cached, topk 64"), PLAIN
+    ),
+    **dict.fromkeys(("on-policy 0.25", "on-policy 0.25, confidence 0.5"), PLAIN),
     "slice, even": "slice",
     "slice, labels alone, even": "slice, labels alone",
 }
