@@ -100,7 +100,7 @@ class Run:
         return {}
 
     def scratch(self, folder: Path) -> dict:
-        """Visual sentences -> the student's control: same start, sentences and steps, no teacher."""
+        """Visual sentences -> the student's control: same sentences and steps, a random start, no teacher."""
         return self.from_labels("scratch", folder)
 
     def cache(self, folder: Path) -> dict:

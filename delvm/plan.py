@@ -10,8 +10,9 @@ from delvm.recipe import Recipe
 from delvm.tokens import balance, lines
 from delvm.tokens.balance import TaskPlan
 from delvm.tokens.rows import row_length
-from delvm.tokens.sentences import Form, find_forms
+from delvm.tokens.sentences import ANNOTATION, Form, find_forms
 
+ANNOTATIONS = "annotations"
 MOST_SAID = 10  # samples left out, by name
 
 
@@ -62,6 +63,8 @@ def make_plan(recipe: Recipe, manifest: Mapping[str, dict], *, num_tokens: int, 
     notes = [f"left out: {message}" for message in left_out[:MOST_SAID]]
     if len(left_out) > MOST_SAID:
         notes.append(f"left out: {len(left_out) - MOST_SAID} more, see data/manifest.json")
+    if recipe.student:
+        notes += [f"student.{line}" for line in recipe.student.without_effect()]
     stored = {}
     for task, plan in plans.items():
         form, of_tokens = forms[task], recipe.tasks[task].source in TOKEN_SOURCES
@@ -115,7 +118,9 @@ def _fit(
 
 
 def _check_kinds(recipe: Recipe, forms: Mapping[str, Form], length: int) -> None:
-    drawn = recipe.student is not None and recipe.student.on_policy.share > 0
+    student = recipe.student
+    drawn = student is not None and student.on_policy.share > 0
+    on_annotations = student is not None and student.learns_from_teacher and student.kd_on == ANNOTATIONS
     for task, form in forms.items():
         source = recipe.tasks[task].source
         if form.kind == "category" and source != "classes":
@@ -125,5 +130,10 @@ def _check_kinds(recipe: Recipe, forms: Mapping[str, Form], length: int) -> None
         for key, asked in (("balance.online", recipe.balance.online), ("student.on_policy.share", drawn)):
             if asked and form.length != length:
                 raise ValueError(f"{key}: a row must be a whole sentence; leave sentences.length at 0")
+        if on_annotations and ANNOTATION not in form.image_roles:
+            raise ValueError(
+                f"student.kd_on: '{ANNOTATIONS}', but tasks.{task} has none in sentences of kind"
+                f" '{form.kind}'"
+            )
         if drawn and form.images == 1 and not form.specials:
             raise ValueError(f"student.on_policy.share: tasks.{task} has one picture, nothing before it")

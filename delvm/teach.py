@@ -48,11 +48,15 @@ def first_weights(material: Material) -> LlamaForCausalLM:
         return model
     rows = rows_of(material, "student")
     number = min(len(rows), -(-config.start_tokens // rows.length))
-    sentences = rows.__getitems__(range(number))["tokens"]
+    batch = rows.__getitems__(range(number))
+    sentences, positions = batch["tokens"], batch.get("positions")
     teacher = llama.load(folder).float().to(material.recipe.trainer.device())
     if config.start == "slice":
-        return slice_student(teacher, model.config, sentences, layers=config.start_layers)
-    return slice_embedding(teacher, model.config, sentences, seed_of(material.recipe, "student"))
+        return slice_student(
+            teacher, model.config, sentences, positions=positions, layers=config.start_layers
+        )
+    seed = seed_of(material.recipe, "student")
+    return slice_embedding(teacher, model.config, sentences, seed, positions=positions)
 
 
 def rows_of(material: Material, role: str) -> TrainingSentences:

@@ -632,3 +632,38 @@ def test_what_does_not_fit_is_refused():
         sparse(ids[:-1], probabilities[:-1])
     with pytest.raises(ValueError, match=r"^divergence: codes drawn .* forward_kl alone$"):
         sparse(tail=False, divergence="jsd")
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_a_small_divergence_over_many_codes_keeps_its_digits(offset):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (6, 16), (8192, 16), (8192, 16)
+    hidden, head, noise = (torch.randn(shape, generator=generator) for shape in shapes)
+    head /= 4
+    # one more channel that all of a model's logits have alike: no softmax sees it, rounding does
+    hidden = torch.cat([hidden, torch.ones(6, 1)], 1)
+    teacher_head = torch.cat([head + 0.01 * noise, torch.full((8192, 1), offset)], 1)
+    head = torch.cat([head, torch.zeros(8192, 1)], 1)
+    plain = forward_kl(hidden.double() @ head.double().T, hidden.double() @ teacher_head.double().T).mean()
+    labels = torch.zeros(6, dtype=torch.long)
+    found = fused_kd_loss(hidden, head, hidden, teacher_head, labels, ce_weight=0.0)[1]["kd"].double()
+    assert 1e-4 < plain < 1e-2
+    torch.testing.assert_close(found, plain, rtol=1e-3, atol=0)
+
+
+def test_a_given_denominator_is_that_of_both_terms():
+    hidden, head, teacher_hidden, teacher_head, labels = _draw(6)
+    labels = labels.clamp_min(0)
+    once, twice = (
+        fused_kd_loss(hidden, head, teacher_hidden, teacher_head, labels, num_targets=number)
+        for number in (None, 12)
+    )
+    for name in ("ce", "kd"):
+        torch.testing.assert_close(twice[1][name], once[1][name] / 2)
+    torch.testing.assert_close(twice[0], once[0] / 2)
+    mask = torch.tensor([True, False] * 3)
+    masked = [
+        fused_kd_loss(hidden, head, teacher_hidden, teacher_head, labels, num_targets=number, kd_mask=mask)
+        for number in (None, 12)
+    ]
+    torch.testing.assert_close(masked[1][1]["kd"], masked[0][1]["kd"])  # other tokens: their own number

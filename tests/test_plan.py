@@ -1,8 +1,11 @@
 import pytest
 
+from delvm.distill.module import DistillConfig
+from delvm.distill.on_policy import OnPolicyConfig
 from delvm.errors import UserError
 from delvm.images.tasks import TaskConfig
 from delvm.plan import MOST_SAID, check_plan, make_plan
+from delvm.pretrain import PretrainConfig
 from delvm.recipe import Recipe
 from delvm.tokenizer.training import TokenizerConfig
 from delvm.tokens.balance import BalanceConfig
@@ -111,3 +114,39 @@ def test_the_first_samples_show_what_is_impossible():
     check_plan(_recipe(["scene"]), **PLACE)
     with pytest.raises(UserError, match=r"^sentences.kinds.scene: 'sequence' does not take"):
         check_plan(_recipe(["scene"], sentences=SentencesConfig(kinds={"scene": "sequence"})), **PLACE)
+
+
+def test_kd_on_annotations_that_a_task_has_not_is_refused():
+    tasks = {"scene": _listed(30), "clips": _listed(30, pictures=4)}
+    taught = {"teacher": PretrainConfig(), "student": DistillConfig(kd_on="annotations")}
+    rows = SentencesConfig(length=64)
+    assert _refused(_recipe(["scene", "clips"], sentences=rows, **taught), tasks) == (
+        "student.kd_on: 'annotations', but tasks.clips has none in sentences of kind 'sequence'"
+    )
+    make_plan(_recipe(["scene"], **taught), {"scene": _listed(30)}, **PLACE)
+    taught["student"] = DistillConfig(kd_on="annotations", kd_weight=0.0)  # no reason to refuse
+    plan = make_plan(_recipe(["scene", "clips"], sentences=rows, **taught), tasks, **PLACE)
+    assert "student.kd_on: annotations has no effect without kd_weight" in plan.notes
+
+
+@pytest.mark.parametrize(
+    ("settings", "notes"),
+    [
+        ({}, []),
+        ({"decay": 0.1, "blend": 0.5, "course": "cosine"}, [
+            "decay: 0.1 has no effect without schedule: wsd",
+            "blend: 0.5 has no effect without divergence: taid",
+            "course: cosine has no effect without a weight with an end, or taid",
+        ]),
+        ({"decay": 0.1, "schedule": "wsd", "blend": 0.5, "divergence": "taid", "course": "cosine"}, []),
+        ({"start_layers": "even", "start_tokens": 5, "start": "embedding"},
+         ["start_layers: even has no effect without start: slice"]),
+        ({"start_tokens": 5}, ["start_tokens: 5 has no effect without start: slice or embedding"]),
+        ({"kd_weight": 0.0, "temperature": 2.0}, ["temperature: 2.0 has no effect without kd_weight"]),
+        ({"on_policy": OnPolicyConfig(confidence=0.5)}, ["on_policy: has no effect without on_policy.share"]),
+    ],
+)  # fmt: skip
+def test_settings_without_effect_are_said(settings, notes):
+    recipe = _recipe(["scene"], teacher=PretrainConfig(), student=DistillConfig(**settings))
+    plan = make_plan(recipe, {"scene": _listed(30)}, **PLACE)
+    assert plan.notes == [f"student.{note}" for note in notes]

@@ -39,13 +39,15 @@ def compare_forward_kl(student: Student, teacher_logits: torch.Tensor) -> torch.
 
     teacher_logits: (rows, codes), overwritten.
     """
-    # KL(p || q) = sum p (log p - log q): the difference of the logits less that of their normalisers
+    # KL(p || q) = sum p (log p - log q): the difference of the logits less that of their normalisers; of the
+    # tops before the product, for p sums to 1 no better than it is rounded
     difference = torch.sub(teacher_logits, student.logits, out=student.logits)
     top, log_sum = _softmax(teacher_logits, out=teacher_logits)
+    difference.sub_(top - student.top)
     values = difference.mul_(teacher_logits).sum(-1, keepdim=True)
     if student.share is not None:
         student.probabilities.addcmul_(teacher_logits, student.share, value=-1)  # dD/dlogits = q - p
-    return (values - (top - student.top) - (log_sum - student.log_sum)).squeeze(-1)
+    return (values - (log_sum - student.log_sum)).squeeze(-1)
 
 
 def compare_logits(divergence: Divergence, student: Student, teacher_logits: torch.Tensor) -> torch.Tensor:

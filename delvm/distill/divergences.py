@@ -131,6 +131,18 @@ def make_divergence(name: str, **parameters: float) -> Divergence:
     return partial(divergence, **parameters) if parameters else divergence
 
 
+def check_temperature(temperature: float | torch.Tensor) -> None:
+    """Refuse one for all tokens that is not above 0; those by token are not looked at.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(temperature, torch.Tensor) and temperature.dim():
+        return
+    if not temperature > 0:
+        raise ValueError(f"temperature: {float(temperature)} must be above 0")
+
+
 def mean_divergence(
     divergence: Divergence,
     student_logits: torch.Tensor,
@@ -153,8 +165,10 @@ def mean_divergence(
         A scalar; 0 with a graph where every label is ignored.
 
     Raises:
-        ValueError: another number of codes on either side, or of temperatures than of labels.
+        ValueError: another number of codes on either side, or of temperatures than of labels; a temperature
+            for all tokens that is not above 0.
     """
+    check_temperature(temperature)
     if student_logits.shape[-1] != teacher_logits.shape[-1]:
         raise ValueError(
             f"vocabulary: the student has {student_logits.shape[-1]} ids,"

@@ -3,7 +3,8 @@
 With codes by the thousand, the logits of both models and their gradients are the largest tensors of a step.
 Here a chunk of tokens is projected, compared and differentiated before the next one takes over its buffers
 (as in Liger Kernel, Hsu et al. 2024); the backward pass only scales gradients that the forward pass has made.
-Values and gradients are those of the plain losses: cross-entropy and `divergences.mean_divergence`.
+Values and gradients are those of the plain losses: cross-entropy and `divergences.mean_divergence`. Logits
+must be finite, as those of finite states and heads are; the plain losses take -inf too.
 
 The arguments that all three losses share:
 
@@ -14,7 +15,8 @@ The arguments that all three losses share:
     ce_weight, kd_weight, temperature: a number, or (tokens,) float, one for each token.
     chunk_size: tokens whose logits are held at a time.
     num_targets, num_kd_targets: what the sums over tokens are divided by, a number or a scalar tensor: the
-        tokens of all ranks and micro-batches where a step has several. None: those found here, at least 1.
+        tokens of all ranks and micro-batches where a step has several. None: those found here, at least 1;
+        of the divergence num_targets, where no kd_mask makes them others.
 
 A head's matmuls run in autocast's type where autocast is on, else in the head's own; all else is float32 (or
 float64 for float64 inputs), and so are the sums over chunks. A gradient has the type of what it belongs to.
@@ -34,7 +36,7 @@ from delvm.distill.comparisons import (
     compare_forward_kl,
     compare_logits,
 )
-from delvm.distill.divergences import Divergence, forward_kl, make_divergence
+from delvm.distill.divergences import Divergence, check_temperature, forward_kl, make_divergence
 
 CHUNK = 512
 """Tokens whose logits are held at a time, unless a caller says."""
@@ -142,7 +144,8 @@ def fused_sparse_kd_loss(
             expectation, so that the gradient is unbiased (random sampling KD, Anshumann et al. 2025).
 
     Returns, Raises:
-        As `fused_kd_loss`; ValueError also for another divergence than forward_kl where tail is False.
+        As `fused_kd_loss`, save that ids are not looked at; ValueError also for another divergence than
+        forward_kl where tail is False.
     """
     terms = _Terms(
         ignore_index, chunk_size, ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature,
@@ -201,8 +204,7 @@ class _Terms:
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size: {self.chunk_size} must be at least 1")
-        if not isinstance(self.temperature, torch.Tensor) and not self.temperature > 0:
-            raise ValueError(f"temperature: {self.temperature} must be above 0")
+        check_temperature(self.temperature)
 
 
 Comparison = Callable[[Student, Rows, torch.Tensor | None], torch.Tensor]
@@ -362,12 +364,15 @@ def _fused(
         _check_length("kd_mask", terms.kd_mask, labels)
         taught = valid & terms.kd_mask
     excluded = ~taught.unsqueeze(-1)
+    num_kd_targets = terms.num_kd_targets
+    if num_kd_targets is None and terms.kd_mask is None:
+        num_kd_targets = terms.num_targets
     # 0 where a whole optimizer step has no target: 0 / 0 would be NaN
     ce_count, kd_count = (
         count.masked_fill(count == 0, 1.0)
         for count in (
             scalar(num_valid if terms.num_targets is None else terms.num_targets),
-            scalar(taught.sum() if terms.num_kd_targets is None else terms.num_kd_targets),
+            scalar(taught.sum() if num_kd_targets is None else num_kd_targets),
         )
     )
     ce_weights = per_token("ce_weight", terms.ce_weight)

@@ -119,6 +119,31 @@ class DistillConfig(PretrainConfig):
         """Whether any step has a KD term."""
         return bool(self.kd_weight or self.kd_weight_end)
 
+    def without_effect(self) -> list[str]:
+        """What is set otherwise than by default and changes nothing, a line each."""
+        taid = self.divergence == "taid"
+        changes = taid or self.ce_weight_end is not None or self.kd_weight_end is not None
+        of_teacher = ["divergence", "divergence_settings", "temperature", "kd_on", "task_kd_weights",
+                      "task_temperatures", "teacher_precision", "teacher_sharded"]  # fmt: skip
+        needs = [  # settings, whether they have an effect, what they need
+            (["decay"], self.schedule == "wsd", "schedule: wsd"),
+            (["blend", "blend_end"], taid, "divergence: taid"),
+            (["course"], changes, "a weight with an end, or taid"),
+            (["start_layers"], self.start == "slice", "start: slice"),
+            (["start_tokens"], self.start in ("slice", "embedding"), "start: slice or embedding"),
+            (of_teacher, self.learns_from_teacher, "kd_weight"),
+        ]
+        usual = DistillConfig()
+        found = [
+            f"{key}: {getattr(self, key)} has no effect without {need}"
+            for keys, effective, need in needs
+            for key in keys
+            if not effective and getattr(self, key) != getattr(usual, key)
+        ]
+        if not self.on_policy.share and self.on_policy != usual.on_policy:
+            found.append("on_policy: has no effect without on_policy.share")
+        return found
+
     def make_divergence(self, progress: float) -> Divergence:
         """The divergence at `progress` in 0..1 of the training. Raises ValueError for wrong settings."""
         settings = dict(self.divergence_settings)

@@ -10,7 +10,7 @@ that contribute most, as in structured pruning (Minitron: Muralidharan et al. 20
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ from delvm.llama import initialise
 LAYERS = ("greedy", "even")
 """How layers are chosen: see `choose_layers`."""
 TOKENS_A_BATCH = 4096
+IGNORED = -100  # a label
 GREEDY_TOKENS = 8192
 """What greedy asks the loss of, many times: of more sentences it takes some, spread evenly."""
 RIDGE = 1e-3
@@ -38,16 +39,17 @@ def slice_student(
     config: LlamaConfig,
     sentences: Tensor,
     *,
+    positions: Tensor | None = None,
     layers: str = "greedy",
     refit: bool = True,
 ) -> LlamaForCausalLM:
     """A student of `config` that starts from what it can hold of the teacher.
 
     Nothing is drawn at random: the same arguments on the same device give the same weights. With the
-    teacher's own configuration its logits come back. Runs on the teacher's device and in its precision, with
-    statistics in float64: one pass over the sentences, with `refit` a second one, and less than two of the
-    student. Beside the teacher it holds the student and a batch; `refit` also all sentences' states at one
-    layer.
+    teacher's own configuration its logits come back. Runs on the teacher's device and in its precision, sums
+    over batches in float64: one pass over the sentences, with `refit` a second one, and less than two of the
+    student; `greedy` before them one of part of the sentences for every layer that might go. Beside the
+    teacher it holds the student and a batch; `refit` also all sentences' states at one layer, a few times.
 
     Where something must go, what stays is
 
@@ -63,6 +65,8 @@ def slice_student(
         teacher: left as it is.
         config: at most as large as the teacher in everything, see `check`.
         sentences: (num, length) int64, to observe the teacher on; about 12,000 tokens are enough.
+        positions: (num, length) int64, where several sentences are packed into a row: they start again at 0
+            with each. None: one sentence a row.
         layers: `greedy` or `even`, where the student has fewer.
         refit: fit the output projections of attention and MLP anew, by least squares, layer by layer, so that
             the student's stream follows the projected one of the whole teacher.
@@ -76,10 +80,11 @@ def slice_student(
     """
     check(teacher.config, config)
     _check_sentences(sentences, config.vocab_size)
+    rows = _Rows(sentences, positions)
     with _evaluating(teacher):
-        chosen = choose_layers(teacher, config.num_hidden_layers, sentences, layers)
+        chosen = choose_layers(teacher, config.num_hidden_layers, sentences, layers, positions=positions)
         sources = [teacher.model.layers[number] for number in chosen]
-        seen = _observe(teacher, sources, sentences)
+        seen = _observe(teacher, sources, rows)
         basis = _principal(seen.stream, config.hidden_size)
         student = initialise(config, seed=0).to(teacher.device)  # every weight is overwritten
         _slice_ends(teacher, student, seen.stream, basis)
@@ -90,13 +95,18 @@ def slice_student(
             _slice_attention(source, layer, config, seen.heads[number], basis)
             _slice_mlp(source, layer, seen.channels[number], basis)
         if refit and any(getattr(config, key) != getattr(teacher.config, key) for key in _CUT):
-            _refit(teacher, chosen, student, sentences, basis)
+            _refit(teacher, chosen, student, rows, basis)
     return student.to("cpu").train()
 
 
 @torch.no_grad()
 def slice_embedding(
-    teacher: LlamaForCausalLM, config: LlamaConfig, sentences: Tensor, seed: int
+    teacher: LlamaForCausalLM,
+    config: LlamaConfig,
+    sentences: Tensor,
+    seed: int,
+    *,
+    positions: Tensor | None = None,
 ) -> LlamaForCausalLM:
     """A fresh student, save that embedding, last norm and head are as of `slice_student`.
 
@@ -106,7 +116,7 @@ def slice_embedding(
     check_ends(teacher.config, config)
     _check_sentences(sentences, config.vocab_size)
     with _evaluating(teacher):
-        stream = _observe(teacher, list(teacher.model.layers), sentences).stream
+        stream = _observe(teacher, list(teacher.model.layers), _Rows(sentences, positions)).stream
     student = initialise(config, seed=seed)
     _slice_ends(teacher, student, stream, _principal(stream, config.hidden_size))
     return student
@@ -179,6 +189,27 @@ def _check_sentences(sentences: Tensor, vocab_size: int) -> None:
         raise UserError(f"sentences: ids must lie in 0..{vocab_size - 1}")
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of tokens as the teacher reads them, (num, length) both."""
+
+    tokens: Tensor
+    positions: Tensor | None
+    """Starting again at 0 with each sentence of a row; None: one a row."""
+
+    def batches(self, device: torch.device) -> Iterator["_Rows"]:
+        """TOKENS_A_BATCH tokens at a time, on the device."""
+        size = max(1, TOKENS_A_BATCH // self.tokens.shape[1])
+        for start in range(0, len(self.tokens), size):
+            rows = slice(start, start + size)
+            positions = None if self.positions is None else self.positions[rows].to(device)
+            yield _Rows(self.tokens[rows].to(device), positions)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "_Rows":
+        """The same of both."""
+        return _Rows(change(self.tokens), None if self.positions is None else change(self.positions))
+
+
 @dataclass
 class _Seen:
     """Second moments, summed over all tokens: of a batch in float32, over batches in float64."""
@@ -191,7 +222,7 @@ class _Seen:
     """By layer: (channels,), of the MLP's activations."""
 
 
-def _observe(teacher: LlamaForCausalLM, layers: list[LlamaDecoderLayer], sentences: Tensor) -> _Seen:
+def _observe(teacher: LlamaForCausalLM, layers: list[LlamaDecoderLayer], rows: _Rows) -> _Seen:
     """One pass over the sentences, of the teacher with these layers alone."""
     config = teacher.config
     zeros = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=teacher.device)
@@ -230,12 +261,19 @@ def _observe(teacher: LlamaForCausalLM, layers: list[LlamaDecoderLayer], sentenc
         ]:
             hooks.callback(module.register_forward_pre_hook(see).remove)
         model = _part(teacher, layers)
-        for batch in _batches(sentences):
-            model(batch.to(teacher.device), use_cache=False)
+        for batch in rows.batches(teacher.device):
+            model(batch.tokens, position_ids=batch.positions, use_cache=False)
     return seen
 
 
-def choose_layers(teacher: LlamaForCausalLM, num_layers: int, sentences: Tensor, how: str) -> list[int]:
+def choose_layers(
+    teacher: LlamaForCausalLM,
+    num_layers: int,
+    sentences: Tensor,
+    how: str,
+    *,
+    positions: Tensor | None = None,
+) -> list[int]:
     """The teacher's layers that a student of `num_layers` takes, in their order.
 
     `even`: spread evenly, with the first and the last. `greedy`: as long as there are too many, the one goes
@@ -248,7 +286,7 @@ def choose_layers(teacher: LlamaForCausalLM, num_layers: int, sentences: Tensor,
     if how == "even" and num_layers < len(kept):
         step = (len(kept) - 1) / max(1, num_layers - 1)
         return [round(number * step) for number in range(num_layers)]
-    few = sentences[:: -(-sentences.numel() // GREEDY_TOKENS)]
+    few = _Rows(sentences, positions).map(lambda x: x[:: -(-x.numel() // GREEDY_TOKENS)])
     while len(kept) > num_layers:
         shorter = [kept[:place] + kept[place + 1 :] for place in range(len(kept))]
         kept = min(shorter, key=lambda numbers: _loss(teacher, numbers, few))
@@ -256,13 +294,19 @@ def choose_layers(teacher: LlamaForCausalLM, num_layers: int, sentences: Tensor,
 
 
 @torch.no_grad()
-def _loss(teacher: LlamaForCausalLM, numbers: list[int], sentences: Tensor) -> float:
+def _loss(teacher: LlamaForCausalLM, numbers: list[int], rows: _Rows) -> float:
+    """Summed over tokens; a packed sentence's first, which nothing predicts, counts for nothing."""
     model, total = _part(teacher, [teacher.model.layers[number] for number in numbers]), 0.0
-    for batch in _batches(sentences):
-        batch = batch.to(teacher.device)
-        states = model(batch[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
-        labels = batch[:, 1:].flatten()
-        total += float(fused_cross_entropy(states, teacher.lm_head.weight, labels)[0]) * len(labels)
+    for batch in rows.batches(teacher.device):
+        read, labels = batch.map(lambda x: x[:, :-1]), batch.tokens[:, 1:]
+        if batch.positions is not None:
+            labels = labels.masked_fill(batch.positions[:, 1:] == 0, IGNORED)
+        states = model(read.tokens, position_ids=read.positions, use_cache=False).last_hidden_state
+        total += float(
+            fused_cross_entropy(
+                states.flatten(0, 1), teacher.lm_head.weight, labels.flatten(), num_targets=1
+            )[0]
+        )
     return total
 
 
@@ -278,10 +322,6 @@ def _part(
     part.embed_tokens, part.rotary_emb = model.model.embed_tokens, model.model.rotary_emb
     part.layers, part.norm = nn.ModuleList(layers), norm or model.model.norm
     return part
-
-
-def _batches(sentences: Tensor) -> tuple[Tensor, ...]:
-    return sentences.split(max(1, TOKENS_A_BATCH // sentences.shape[1]))
 
 
 @contextmanager
@@ -398,7 +438,7 @@ def _refit(
     teacher: LlamaForCausalLM,
     chosen: list[int],
     student: LlamaForCausalLM,
-    sentences: Tensor,
+    rows: _Rows,
     basis: Tensor,
 ) -> None:
     """Output projections by ridge regression towards what they are, one after the other.
@@ -406,9 +446,10 @@ def _refit(
     What each is to add: the teacher's projected stream behind it, less the student's before it, so that it
     also makes good for what went wrong earlier, and an MLP's for the layers left out behind it.
     """
-    batches = [batch.to(teacher.device) for batch in _batches(sentences)]
-    whole = [teacher.model.embed_tokens(batch) for batch in batches]
-    small = [student.model.embed_tokens(batch) for batch in batches]
+    batches = list(rows.batches(teacher.device))
+    whole = [teacher.model.embed_tokens(batch.tokens) for batch in batches]
+    small = [student.model.embed_tokens(batch.tokens) for batch in batches]
+    positions = [batch.positions for batch in batches]
     layers, bounds = list(teacher.model.layers), [0, *chosen[1:], len(teacher.model.layers)]
     for place, layer in enumerate(student.model.layers):
         source = layers[chosen[place]]
@@ -417,25 +458,25 @@ def _refit(
         middle = []
         for number, states in enumerate(whole):
             with _inputs(source.post_attention_layernorm) as given:
-                whole[number] = _run(above, states)
+                whole[number] = _run(above, states, positions[number])
             middle.append(given[0].float() @ basis)
         after = [states.float() @ basis for states in whole]
-        small = _fitted(layer.self_attn.o_proj, functools.partial(_run, below), small, middle)
-        small = _fitted(
-            layer.mlp.down_proj, nn.Sequential(layer.post_attention_layernorm, layer.mlp), small, after
-        )
+        attend = [functools.partial(_run, below, positions=places) for places in positions]
+        small = _fitted(layer.self_attn.o_proj, attend, small, middle)
+        think = nn.Sequential(layer.post_attention_layernorm, layer.mlp)
+        small = _fitted(layer.mlp.down_proj, [think] * len(small), small, after)
 
 
 def _fitted(
-    linear: nn.Linear, run: Callable[[Tensor], object], stream: list[Tensor], goals: list[Tensor]
+    linear: nn.Linear, runs: Sequence[Callable[[Tensor], object]], stream: list[Tensor], goals: list[Tensor]
 ) -> list[Tensor]:
-    """Fit `linear`, whose inputs come up while `run` reads the stream, so that adding its outputs to the
-    stream comes near the goals. Returns the stream with them."""
+    """Fit `linear`, whose inputs come up while `runs` read the stream, batch by batch, so that adding its
+    outputs to the stream comes near the goals. Returns the stream with them."""
     size = linear.in_features + (linear.bias is not None)
     gram = torch.zeros(size, size, dtype=torch.float64, device=linear.weight.device)
     missing = gram.new_zeros(size, linear.out_features)
     inputs = []
-    for states, goal in zip(stream, goals, strict=True):
+    for run, states, goal in zip(runs, stream, goals, strict=True):
         with _inputs(linear) as given:
             run(states)
         inputs.append(given[0])
@@ -451,8 +492,8 @@ def _fitted(
     return [states + linear(given) for states, given in zip(stream, inputs, strict=True)]
 
 
-def _run(part: LlamaModel, states: Tensor) -> Tensor:
-    return part(inputs_embeds=states, use_cache=False).last_hidden_state
+def _run(part: LlamaModel, states: Tensor, positions: Tensor | None) -> Tensor:
+    return part(inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
 
 
 @contextmanager
