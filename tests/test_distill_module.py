@@ -532,17 +532,21 @@ def _close(one, two):
         np.testing.assert_allclose(two[1][name], weight, atol=1e-5)
 
 
-@pytest.mark.parametrize("source", ["live", "cached"])
+@pytest.mark.parametrize("source", ["live", "topk", "sampled"])
 def test_two_processes_train_as_one(tmp_path, caches, source):
     rows = random_rows(12, length=7)
     settings = {"kd_on": "annotations", "task_ce_weights": {"single": 0.5}, "kd_weight_end": 0.5}
     counts = [_module(kd_on="annotations").count(rows.__getitems__([row])) for row in range(4)]
     for key in ("num_targets", "num_kd_targets"):
         assert len({count[key] for count in counts}) > 1
-    cached = caches(rows)
+    given = (
+        (Live(_model(1)), rows)
+        if source == "live"
+        else caches(rows, source, 12 if source == "sampled" else VOCAB)
+    )
 
     def work(folder, **trainer):
-        signal, seen = cached if source == "cached" else (Live(_model(1)), rows)
+        signal, seen = given
         return _descend(folder, signal, seen, trainer=trainer, **settings)
 
     alone = work(tmp_path / "one")
