@@ -5,8 +5,11 @@ on Ctrl-C and SIGTERM, and go on from their last checkpoint to the result that a
 A step is the same items, however many processes (`ranks`) and micro-batches share them.
 """
 
+import multiprocessing
+import os
 import shutil
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -204,10 +207,25 @@ class Shuffled(Dataset):
 
 
 def leave_stopping_to_us(worker: int) -> None:
-    """For worker processes: the main process decides when to stop."""
-    # Ctrl-C reaches every process of the terminal; a worker that dies of it would spoil the clean stop
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """For worker processes: the main process decides when to stop, and ends them when it does."""
+    # Ctrl-C, and the SIGTERM of whoever preempts a job, reach every process; a worker that dies of it would
+    # spoil the clean stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_with_parent() -> None:
+    # A process that leaves while its loader is alive, in the frames of a traceback, sends its workers SIGTERM
+    # and then waits for them, for ever if they ignored it
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)
 
 
 @contextmanager

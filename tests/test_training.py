@@ -1,4 +1,7 @@
+import multiprocessing
+import os
 import signal
+import time
 import warnings
 
 import numpy as np
@@ -19,7 +22,7 @@ from delvm.training import (
     discard_checkpoint,
     set_up_model,
 )
-from tests.processes import together
+from tests.processes import PATIENCE, together
 from tests.trainings import (
     BATCH,
     STEPS,
@@ -208,6 +211,28 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, module, num_wor
 
     with pytest.raises(UserError, match=r"^photos/3\.jpg: cannot be read: no such file$"):
         run(tmp_path, module(), Sentences8(6, refuse), num_workers=num_workers)
+
+
+def test_a_worker_ends_by_a_signal_of_its_parent_alone():
+    def work(pipe):
+        training.leave_stopping_to_us(0)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        time.sleep(0.2)
+        pipe.send("alive")
+        time.sleep(600)
+
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+    worker = context.Process(target=work, args=(sending,))
+    worker.start()
+    try:
+        assert receiving.recv() == "alive"
+        worker.terminate()
+        worker.join(PATIENCE)
+        assert worker.exitcode == 0
+    finally:
+        worker.kill()
 
 
 # --- the model's settings ---
