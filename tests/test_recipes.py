@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaConfig
 
-from delvm import fit
+from delvm import fit, llama
 from delvm.errors import UserError
 from delvm.images.annotate import COCO_KEYPOINTS
 from delvm.images.sources import held_out, split_samples
 from delvm.pretrain import learning_rate_factor
 from delvm.recipe import load, to_yaml
 from delvm.tokenizer.training import TokenizerConfig, build
+from tests.test_published_models import LVM, delvm_state, llama_of, to_bin, write_delvm
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ALL = sorted(RECIPES.glob("*.yaml"))
@@ -90,7 +92,7 @@ def _write_coco(folder):
 
 
 def _write_lmdb(folder, first):
-    stems = _stems("rain-{}", held=4, trained=4)
+    stems = _stems("rain-{}", held=8, trained=8)
     with lmdb.open(str(folder), map_size=1 << 22) as environment, environment.begin(write=True) as values:
         for number, stem in enumerate(stems):
             values.put(stem.encode(), _picture(first + number, "png"))
@@ -236,6 +238,51 @@ def test_a_dry_run_in_one_process_says_what_that_takes(given, capsys):
     assert re.search(r"│ teacher +│ +16 rows │", said)
     assert re.search(r"│ student, live teacher +│ +32 rows │", said)
     assert "pose" not in said
+
+
+# --- published teachers
+
+
+def _delvm_teacher(folder, monkeypatch):
+    """A tiny checkpoint of DeLVM's own format, of two tensor-parallel and two pipeline parts."""
+    return write_delvm(
+        folder, delvm_state(num_codes=8192), monkeypatch, tensor=2, pipeline=(1, 2), vocab_size=8192
+    )
+
+
+def _lvm_teacher(folder, monkeypatch):
+    """A tiny folder as LVM's: pickled shards, 100 ids beyond the codes, LLaMA's special ids 1 and 2."""
+    config = LVM.to_diff_dict() | {"vocab_size": 8292, "max_position_embeddings": 4096}
+    llama_of(LlamaConfig(**config)).save_pretrained(folder, max_shard_size="400KB")
+    to_bin(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "ids", "positions"),
+    [
+        ("distill_delvm1b_to_80m", _delvm_teacher, (8192, None, None), 2048),
+        ("distill_lvm7b_to_300m", _lvm_teacher, (8292, 8192, 8291), 3586),
+    ],
+)
+def test_a_published_teacher_distils_by_its_recipe(
+    name, teacher, ids, positions, given, tmp_path, monkeypatch
+):
+    run, folder = tmp_path / "run", teacher(tmp_path / "teacher", monkeypatch)
+    small = ["student.size=micro", "student.steps=2", "student.batch_size=1", "trainer.accumulate=1",
+             "trainer.num_workers=0", "sentences.validation=1", "prompting.pictures=1", "prompting.queries=0",
+             "tasks.pose=null", "tasks.segmentation=null"]  # fmt: skip
+    overrides = [*given, f"run_dir={run}", f"teacher.folder={folder}", "trainer.accelerator=cpu", *small]
+    overrides = [entry for entry in overrides if not entry.startswith(("tasks.pose.", "tasks.segmentation."))]
+    assert fit.run(RECIPES / f"{name}.yaml", overrides) == 0
+    for model in ("student", "export"):
+        config = llama.load_config(run / model)
+        assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == ids
+        assert config.max_position_embeddings == positions
+    [*_, last] = json.loads((run / "student" / "curve.json").read_text())
+    assert last["step"] == 2
+    assert 0 < last["kd"] < 20
+    assert [path.name for path in (run / "evaluate" / "pictures").iterdir()] == ["deraining"]
 
 
 # --- tasks that are left out
