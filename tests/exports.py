@@ -10,6 +10,7 @@ from PIL import Image
 
 from delvm import llama
 from delvm.tokenizer.vqgan import Tokenizer
+from tests.processes import PATIENCE
 
 NUM_CODES, SIZE, PATCH = 24, 16, 4  # 16 codes a picture
 NAMES = ("image-1", "annotation-1", "query")
@@ -87,7 +88,8 @@ def isolated(code, folder, *missing):
         "    else:\n        raise SystemExit(f'{name} was importable')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-c", block + code], cwd=folder, capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-I", "-c", block + code],
+        cwd=folder, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done

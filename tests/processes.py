@@ -1,4 +1,7 @@
-"""Several processes that are one run, for tests: forked, so that they need no imports of their own."""
+"""Several processes that are one run, for tests: forked, so that they need no imports of their own.
+
+None outlives its test: at its end Python waits for every child, for ever if one hangs.
+"""
 
 import multiprocessing
 import os
@@ -7,6 +10,9 @@ import socket
 import sys
 
 from delvm import ranks
+
+PATIENCE = 300
+"""Seconds until a process is said to hang: many, since others may keep the machine busy."""
 
 
 def together(work, *arguments, num=2):
@@ -36,16 +42,26 @@ def launched(work, *, num=2):
         sending.close()
         pipes.append(receiving)
         processes.append(process)
-    results = []
-    for receiving in pipes:
-        assert receiving.poll(60), "it hangs"
-        try:
-            results.append(receiving.recv())
-        except EOFError:
-            results.append(None)
+    try:
+        return [_result(receiving) for receiving in pipes]
+    finally:
+        end(*processes)
+
+
+def end(*processes, after=10):
+    """Wait so many seconds for each to leave, and kill those that have not."""
     for process in processes:
+        process.join(after)
+        process.kill()
         process.join()
-    return results
+
+
+def _result(receiving):
+    assert receiving.poll(PATIENCE), "it hangs"
+    try:
+        return receiving.recv()
+    except EOFError:
+        return None
 
 
 def _one(rank, num, port, sending, work):

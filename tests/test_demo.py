@@ -27,6 +27,7 @@ from delvm.evaluate.prompting import save_pictures
 from delvm.images.files import read_picture
 from delvm.images.scenes import Scenes
 from delvm.student import UNDRAWN, Student, load
+from tests.processes import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -305,10 +306,12 @@ def address(run, tmp_path_factory):
         try:
             line = server.stdout.readline()
             found = re.fullmatch(r"teacher, student: (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line)
+            if not found:
+                server.kill()
             assert found, line + server.stderr.read()
             yield found[1]
             server.send_signal(signal.SIGINT)
-            assert server.communicate(timeout=30) == ("", "")
+            assert server.communicate(timeout=PATIENCE) == ("", "")
             assert server.returncode == 130
             proxy.setblocking(False)
             with pytest.raises(BlockingIOError):  # nobody is waiting
@@ -334,6 +337,7 @@ def open_page(browser, address):
 
     def opened(**options):
         context = browser.new_context(**options)
+        context.set_default_timeout(1000 * PATIENCE)
         contexts.append(context)
         context.on("request", lambda request: asked.append(request.url))
         context.route(lambda url: not url.startswith(address), lambda route: route.abort())

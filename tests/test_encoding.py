@@ -22,7 +22,7 @@ from delvm.tokens.encoder import TokensConfig
 from delvm.tokens.encoding import Blocks, Part, write_store
 from delvm.tokens.formats import write_lvm
 from delvm.tokens.store import Layout, open_store
-from tests.processes import together
+from tests.processes import PATIENCE, together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -221,7 +221,7 @@ class Many:
         goal = self.encoded() + pictures
         process = multiprocessing.get_context("fork").Process(target=self.write, args=(name, num_workers))
         process.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while self.encoded() < goal and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.0002)
         time.sleep(pause)

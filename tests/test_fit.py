@@ -15,7 +15,7 @@ import torch
 
 from delvm import fit, llama
 from delvm.images.listing import Entries
-from tests.processes import launched
+from tests.processes import PATIENCE, launched
 from tests.test_features import write_classes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -312,12 +312,15 @@ def test_what_is_our_own_mistake_keeps_its_traceback(micro, monkeypatch):
 
 def stop_when(process, file, number):
     """Send a signal as soon as a file is there; returns what the process printed."""
-    deadline = time.monotonic() + 120
-    while not file.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process.poll() is None, process.communicate()
-    process.send_signal(number)
-    out, error = process.communicate(timeout=120)
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while not file.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.poll() is None, process.communicate()
+        process.send_signal(number)
+        out, error = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()  # one that hangs is not left behind
     return out, error
 
 

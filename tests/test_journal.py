@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from delvm.errors import UserError
 from delvm.tokens.journal import Journal
+from tests.processes import PATIENCE, end
 
 ROW, TYPE = (2, 3), np.dtype(np.uint16)
 RECORD = 8 + 2 * 2 * 3  # bytes of a block of one view
@@ -80,7 +81,7 @@ def test_one_process_at_a_time(tmp_path):
     with Journal(tmp_path / "journal", ROW, TYPE) as journal:
         process = multiprocessing.get_context("fork").Process(target=other)
         process.start()
-        process.join(60)
+        end(process, after=PATIENCE)
         assert process.exitcode == 0
         journal.append(codes_of(1))
     assert written(tmp_path / "journal")[0] == 1

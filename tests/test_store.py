@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from delvm.errors import UserError
 from delvm.tokens.store import Grid, Layout, code_dtype, open_store, verify, write_manifest
+from tests.processes import PATIENCE, end
 
 SHAPES = {
     "pose": {"train": (5, 3, 2, 4), "validation": (2, 1, 2, 4)},
@@ -246,8 +247,7 @@ def _run(*calls):
     processes = [context.Process(target=call, args=arguments) for call, *arguments in calls]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(60)
+    end(*processes, after=PATIENCE)
     return [process.exitcode for process in processes]
 
 
