@@ -229,21 +229,6 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def batches(loader: DataLoader) -> Iterator[Iterator[Any]]:
-    """The loader's batches; its worker processes end with the block, even by an error.
-
-    Else they end with the iterator, which an error's traceback keeps, while the program's own end waits for
-    processes that leave stopping to it: for ever.
-    """
-    iterator = iter(loader)
-    try:
-        yield iterator
-    finally:
-        if loader.num_workers:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]  # there is no public way
-
-
-@contextmanager
 def plain_errors() -> Iterator[None]:
     """Give a UserError from a worker process the words that it was raised with.
 

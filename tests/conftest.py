@@ -29,8 +29,9 @@ trainer: {{log_every: 2, checkpoint_every: 3, accelerator: cpu}}
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Name and end processes that tests have left: the program's own end would wait for them, for ever."""
-    left = multiprocessing.active_children()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a worker is killed
+    # a loader's workers are daemons, which Python ends; a traceback may keep them until then
+    left = [process for process in multiprocessing.active_children() if not process.daemon]
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a child is killed
     for process in left:
         process.kill()
     if left:

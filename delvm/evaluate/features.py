@@ -33,7 +33,7 @@ from delvm.stages import write_atomic
 from delvm.tokenizer import Tokenizer
 from delvm.tokenizer.training import to_pictures
 from delvm.tokens.store import Layout, code_dtype
-from delvm.training import batches, leave_stopping_to_us, plain_errors
+from delvm.training import leave_stopping_to_us, plain_errors
 
 MANIFEST, BEGUN = "manifest.json", "begun.json"
 SHARD_BYTES = 64 << 20
@@ -245,22 +245,18 @@ def _fill(
     if not _same(folder / MANIFEST, what):
         _begin(layout, what)
         numbers = layout.missing()
-        places = [
+        batches = [
             list(range(start, min(start + batch_size, here.stop)))
             for here in map(layout.samples, numbers)
             for start in range(here.start, here.stop, batch_size)
         ]
         loader = DataLoader(
-            pictures, batch_sampler=places, num_workers=num_workers, worker_init_fn=leave_stopping_to_us
+            pictures, batch_sampler=batches, num_workers=num_workers, worker_init_fn=leave_stopping_to_us
         )
-        with (
-            plain_errors(),
-            tqdm(total=sum(map(len, places)), desc=folder.name, unit="picture") as bar,
-            batches(loader) as given,
-        ):
+        with plain_errors(), tqdm(total=sum(map(len, batches)), desc=folder.name, unit="picture") as bar:
 
             def blocks() -> Iterator[np.ndarray]:
-                for batch in given:
+                for batch in loader:
                     yield work(batch)
                     bar.update(len(batch))
 
