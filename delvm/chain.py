@@ -13,6 +13,7 @@ from delvm.distill.cache import MANIFEST
 from delvm.errors import UserError
 from delvm.evaluate import held_out, probe, prompting
 from delvm.export import export
+from delvm.finetune import arms
 from delvm.given import ROLES, Given
 from delvm.images.sources import SPLITS, fingerprint
 from delvm.material import Material, list_samples, open_samples
@@ -147,6 +148,21 @@ class Run:
             num_workers=recipe.trainer.num_workers, tensorboard=self.dir / "tensorboard" / "probe",
         )  # fmt: skip
 
+    def finetune(self, folder: Path) -> dict:
+        """Models and pictures of classes -> classifiers of pretrained and of random weights."""
+        recipe, config = self.recipe, self.recipe.finetune
+        assert config is not None
+        own = {role: self.dir / role for role in self.given.finetune_roles}
+        tokenizer = None
+        if config.input == "tokens":
+            given = self.given.tokenizer
+            tokenizer = self.material.tokenizer() if recipe.tasks else given
+        return arms.finetune(
+            {**own, **{name: Path(place) for name, place in config.models.items()}}, tokenizer, config,
+            folder, trainer=recipe.trainer, tensorboard=self.dir / "tensorboard", tokens=recipe.tokens,
+            seed=recipe.seed,
+        )  # fmt: skip
+
     def export(self, folder: Path) -> dict:
         """The student (the teacher where there is none) -> a folder that transformers loads without delvm."""
         models = self.given.models
@@ -189,6 +205,12 @@ class Run:
             {k: v for k, v in asdict(recipe.probe).items() if k != "folder"}, given.probe_hashes,
             [listing.hash for listing in given.probe_pictures.values()], "" if recipe.tasks else tokenizer,
         ] if recipe.probe else []  # fmt: skip
+        tuning = recipe.finetune
+        tuned = [
+            tuning, recipe.tokens, given.finetune_hashes,
+            [listing.hash for listing in given.finetune_pictures.values()],
+            tokenizer if tuning.input == "tokens" and not recipe.tasks else "",
+        ] if tuning else []  # fmt: skip
         chain = [
             Stage("data", [*data, tokenizer if given.token_tasks else ""], [], self.data),
             Stage("tokenizer", [recipe.tokenizer, tokenizer, recipe.balance, *machine], ["data"],
@@ -204,12 +226,15 @@ class Run:
             Stage("evaluate", [recipe.sentences, recipe.prompting], ["tokens", *given.models], self.evaluate),
             Stage("probe", [*asked, *machine], [*(["tokenizer"] if recipe.tasks else []), *given.models],
                   self.probe),
+            Stage("finetune", [*tuned, *machine],
+                  [*(["tokenizer"] if recipe.tasks else []), *given.finetune_roles], self.finetune,
+                  together=True),
             Stage("export", [recipe.name], ["evaluate"], self.export),
         ]  # fmt: skip
         skipped = set(ROLES) - set(given.models) | (set() if given.models else {"evaluate", "export"})
-        skipped |= {name for name in ("cache", "probe") if not getattr(recipe, name)}
+        skipped |= {name for name in ("cache", "probe", "finetune") if not getattr(recipe, name)}
         if not recipe.tasks:
-            return [stage for stage in chain if stage.name == "probe"]
+            return [stage for stage in chain if stage.name in {"probe", "finetune"} - skipped]
         return [stage for stage in chain if stage.name not in skipped]
 
     def fit(self, until: str = "") -> None:

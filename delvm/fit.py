@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 2 -m delvm.fit recipes/quickstart.yaml
 
 Sections of a recipe: data, tasks.NAME, balance, tokenizer, tokens, sentences, teacher, scratch, cache,
-student, prompting, probe, trainer. recipe.yaml in any run folder shows every key with its value; the Config
-classes say what they mean.
+student, prompting, probe, finetune, trainer. recipe.yaml in any run folder shows every key with its value;
+the Config classes say what they mean.
 
 A recipe's sections are stages. Each leaves a folder under run_dir, whole or not at all; a second run reuses
 what is unchanged, makes anew what a changed section touches, and goes on where it was stopped.

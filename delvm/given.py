@@ -5,12 +5,14 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from delvm import llama
+from delvm import llama, ranks
 from delvm.distill.cache import weights_hash
 from delvm.distill.slice import check, check_ends
 from delvm.errors import UserError
 from delvm.evaluate.features import Listing
 from delvm.evaluate.probe import list_splits
+from delvm.finetune import arms
+from delvm.finetune.training import FinetuneConfig
 from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
 from delvm.pretrain import PretrainConfig
 from delvm.recipe import Recipe
@@ -24,6 +26,14 @@ SHAPE = (
     "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings",
 )  # fmt: skip
 """What two models must have in common for one to have the other's weights."""
+
+
+def _read_model(key: str, folder: str, num_codes: int | None) -> tuple[LlamaConfig, str]:
+    """A given model's configuration and what tells its weights from others; errors begin with the key."""
+    try:
+        return llama.load_config(folder, num_codes=num_codes), weights_hash(Path(folder))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 class Given:
@@ -93,13 +103,34 @@ class Given:
         """
         hashes = {}
         for name, folder in (self.recipe.probe.models if self.recipe.probe else {}).items():
-            try:
-                config = llama.load_config(folder, num_codes=self.num_codes)
-                self._check_layers(name, config)
-                hashes[name] = weights_hash(Path(folder))
-            except UserError as error:
-                raise UserError(f"probe.models.{name}: {error}") from error
+            config, hashes[name] = _read_model(f"probe.models.{name}", folder, self.num_codes)
+            self._check_layers(name, config)
         return hashes
+
+    @cached_property
+    def finetune_pictures(self) -> dict[str, Listing]:
+        """The pictures of the fine-tuning by split; none without one. Raises as `probe_pictures`."""
+        return arms.list_splits(self.recipe.finetune) if self.recipe.finetune else {}
+
+    @cached_property
+    def finetune_hashes(self) -> dict[str, str]:
+        """What tells the weights of each of `finetune.models` from others.
+
+        Raises:
+            UserError: one that cannot be read, or has fewer ids than there are codes to read.
+        """
+        config = self.recipe.finetune
+        if config is None:
+            return {}
+        codes = self.num_codes if config.input == "tokens" else None
+        models = config.models.items()
+        return {name: _read_model(f"finetune.models.{name}", folder, codes)[1] for name, folder in models}
+
+    @property
+    def finetune_roles(self) -> list[str]:
+        """The run's own models that become classifiers."""
+        config = self.recipe.finetune
+        return (config.roles or self.models[-1:]) if config else []
 
     def _check_layers(self, name: str, config: LlamaConfig) -> None:
         layers, most = self.recipe.probe.layers if self.recipe.probe else [], config.num_hidden_layers
@@ -166,14 +197,17 @@ class Given:
         Raises:
             UserError: a teacher of another vocabulary; a student that cannot be cut from it, or is not of the
                 size of what it starts from; steps that processes and micro-batches cannot share; a shared
-                cache within the run; a cache of more codes or rows than there are; pictures of a probe that
-                are no classes, a model of it that has fewer ids than the tokenizer codes.
+                cache within the run; a cache of more codes or rows than there are; pictures of a probe or a
+                fine-tuning that are no classes, a model of it that has fewer ids than the tokenizer codes.
         """
         recipe, cache, student = self.recipe, self.recipe.cache, self.recipe.student
         for key, model in (("teacher", recipe.teacher), ("student", student)):
             if model and not model.folder:
                 check_batch_size(f"{key}.batch_size", model.batch_size, recipe.trainer.accumulate)
         _ = self.teacher, self.probe_pictures, self.probe_hashes
+        _ = self.finetune_pictures, self.finetune_hashes
+        if recipe.finetune:
+            self._check_finetune(recipe.finetune)
         for role in self.models:
             self._check_layers(role, self.model_config(role, 1))
         self._check_start()
@@ -192,6 +226,16 @@ class Given:
                 raise UserError(
                     f"cache.rows: {cache.rows}, the student sees {student.steps * student.batch_size}"
                 )
+
+    def _check_finetune(self, config: FinetuneConfig) -> None:
+        accumulate = self.recipe.trainer.accumulate
+        check_batch_size("finetune.batch_size", config.batch_size, accumulate)
+        shares = ranks.world() * accumulate
+        if config.views.mixes and config.batch_size // shares % 2:
+            raise UserError(
+                f"finetune.batch_size: {config.batch_size} must divide by 2 * processes * trainer.accumulate"
+                f" = {2 * shares}: pictures are mixed in pairs; or finetune.views.mixing=0"
+            )
 
     def check_positions(self, positions: int) -> None:
         """Refuse rows that are longer than what a given teacher takes.

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from delvm.distill.teacher import serves
 from delvm.errors import UserError
 from delvm.evaluate.probe import ProbeConfig
 from delvm.evaluate.prompting import PromptingConfig
+from delvm.finetune.training import FinetuneConfig
 from delvm.images.tasks import TOKEN_SOURCES, DataConfig, TaskConfig
 from delvm.pretrain import OptimizerConfig, PretrainConfig
 from delvm.tokenizer.training import TokenizerConfig
@@ -29,7 +30,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig, "balance": BalanceConfig, "tokenizer": TokenizerConfig, "tokens": TokensConfig,
     "sentences": SentencesConfig,
     "teacher": PretrainConfig, "scratch": OptimizerConfig, "cache": CacheConfig, "student": DistillConfig,
-    "prompting": PromptingConfig, "probe": ProbeConfig, "trainer": TrainerConfig,
+    "prompting": PromptingConfig, "probe": ProbeConfig, "finetune": FinetuneConfig, "trainer": TrainerConfig,
 }  # fmt: skip
 BY_TASK = (
     "balance.shares", "sentences.kinds", "sentences.shots",
@@ -66,10 +67,12 @@ class Recipe:
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     probe: ProbeConfig | None = None
     """How well classes can be read from the models' features; alone, of given models, it needs no tasks."""
+    finetune: FinetuneConfig | None = None
+    """The models as classifiers, all their weights trained; alone, of given models, it needs no tasks."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
-        if not self.tasks and not self.probe:
+        if not self.tasks and not self.probe and not self.finetune:
             raise ValueError("tasks: none; a recipe needs at least one task")
         for task in self.tasks:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", task):
@@ -84,7 +87,9 @@ class Recipe:
         if self.seed > MAX_SEED:
             raise ValueError(f"seed: {self.seed} must be at most {MAX_SEED}")
         if self.probe:
-            self._check_probe(self.probe)
+            self._check_models("probe", self.probe.models)
+        if self.finetune:
+            self._check_finetune(self.finetune)
         if self.student and not self.teacher:
             raise ValueError("student: needs a teacher section")
         if self.scratch and not self.student:
@@ -121,17 +126,27 @@ class Recipe:
                 f" ({self.tokenizer.factor})"
             )
 
-    def _check_probe(self, probe: ProbeConfig) -> None:
+    def _check_models(self, section: str, models: Mapping[str, str], *, read_codes: bool = True) -> list[str]:
+        """Refuse a section that has no models, or no tokenizer for them; returns the run's own models."""
         roles = [role for role in ("teacher", "scratch", "student") if getattr(self, role)]
         for role in roles:
             if not self.tasks:
-                raise ValueError(f"tasks: none; {role} needs at least one task, probe.models needs none")
-            if role in probe.models:
-                raise ValueError(f"probe.models.{role}: the run has its own; choose another name")
-        if not roles and not probe.models:
-            raise ValueError("probe.models: none, and the recipe trains none; add NAME: FOLDER")
-        if not self.tasks and not self.tokenizer.folder:
+                raise ValueError(f"tasks: none; {role} needs at least one task, {section}.models needs none")
+            if role in models:
+                raise ValueError(f"{section}.models.{role}: the run has its own; choose another name")
+        if not roles and not models:
+            raise ValueError(f"{section}.models: none, and the recipe trains none; add NAME: FOLDER")
+        if not self.tasks and not self.tokenizer.folder and read_codes:
             raise ValueError("tokenizer.folder: missing, there are no tasks to train a tokenizer on")
+        return roles
+
+    def _check_finetune(self, finetune: FinetuneConfig) -> None:
+        read_codes = finetune.input == "tokens"
+        roles = self._check_models("finetune", finetune.models, read_codes=read_codes)
+        for role in finetune.roles:
+            if role not in roles:
+                choices = ", ".join(roles) or "none, the recipe trains no model"
+                raise ValueError(f"finetune.roles: '{role}' is no model of the run; choices: {choices}")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -171,11 +186,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for section in (recipe.tokenizer, recipe.teacher, recipe.cache):
         if section and section.folder:
             section.folder = str(Path(section.folder).expanduser())
-    if recipe.probe:
-        folders = recipe.probe.models
-        recipe.probe.models = {name: str(Path(folder).expanduser()) for name, folder in folders.items()}
-        if recipe.probe.folder:
-            recipe.probe.folder = str(Path(recipe.probe.folder).expanduser())
+    for reader in (recipe.probe, recipe.finetune):
+        if reader:
+            reader.models = {name: str(Path(folder).expanduser()) for name, folder in reader.models.items()}
+    if recipe.probe and recipe.probe.folder:
+        recipe.probe.folder = str(Path(recipe.probe.folder).expanduser())
     if recipe.student and recipe.student.start_folder:
         recipe.student.start_folder = str(Path(recipe.student.start_folder).expanduser())
     return recipe

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,7 +11,9 @@ from delvm.chain import Run, show_plan
 from delvm.console import console, show_scores, table
 from delvm.distill.cache import cache_bytes
 from delvm.evaluate import board, runs
+from delvm.evaluate.features import Listing
 from delvm.evaluate.report import render
+from delvm.finetune import arms
 from delvm.given import Given
 from delvm.material import list_samples
 from delvm.plan import Plan
@@ -27,7 +30,7 @@ def dry_run(run: Run) -> None:
     given = run.given
     if not run.recipe.tasks:
         given.check()
-        show_probe_plan(given)
+        show_classes_plan(given)
         show_stages(run)
         return
     with TemporaryDirectory() as folder:
@@ -62,17 +65,27 @@ def dry_run(run: Run) -> None:
         console.print(f"tokenizer: {tokenizer.folder}")
     ends = " and BOS, EOS" if run.recipe.sentences.specials else ""
     console.print(f"rows: {plan.length} tokens, {given.num_codes} codes{ends}")
-    show_probe_plan(given)
+    show_classes_plan(given)
     show_stages(run)
 
 
-def show_probe_plan(given: Given) -> None:
-    """Print what the probe, if there is one, reads and with which models."""
-    probe = given.recipe.probe
+def show_classes_plan(given: Given) -> None:
+    """Print what a probe and a fine-tuning read and with which models, if there are any."""
+    probe, tuning = given.recipe.probe, given.recipe.finetune
     if probe:
-        train, validation = given.probe_pictures.values()
-        counts = f"{len(train)} training, {len(validation)} held-out pictures of {len(train.classes)} classes"
-        console.print(f"probe: {counts}; {', '.join([*given.models, *probe.models, *probe.controls])}")
+        names = [*given.models, *probe.models, *probe.controls]
+        console.print(f"probe: {_count(given.probe_pictures)}; {', '.join(names)}", soft_wrap=True)
+    if tuning:
+        models = {name: Path(name) for name in [*given.finetune_roles, *tuning.models]}
+        names = [arm.name for arm in arms.list_arms(models, tuning.starts)]
+        steps = tuning.steps(len(given.finetune_pictures["train"]))
+        how = f"{', '.join(names)}, {steps} steps of {tuning.batch_size} pictures each"
+        console.print(f"finetune: {_count(given.finetune_pictures)}; {how}", soft_wrap=True)
+
+
+def _count(pictures: Mapping[str, Listing]) -> str:
+    train, validation = pictures.values()
+    return f"{len(train)} training, {len(validation)} held-out pictures of {len(train.classes)} classes"
 
 
 def show_stages(run: Run) -> None:
@@ -136,26 +149,26 @@ def conclude(run: Run) -> None:
     """Write `metrics.json`, `report.html` and the same to TensorBoard of a run that has ended, and print its
     last table."""
     stages = {stage.name: record(run.dir / stage.name) for stage in run.stages()}
-    probed = run.metrics.get("probe", {})
-    if probed:
-        show_probe(probed)
-    if not run.recipe.tasks:
-        console.print(f"probe: {run.dir / 'probe' / 'metrics.json'}", soft_wrap=True)
-        return
-    result = {
-        "balance": run.material.plan.summary,
-        "data": run.metrics["data"],
-        "tokenizer": run.metrics["tokenizer"],
-        "evaluate": run.metrics.get("evaluate", {}),
-        **({"probe": probed} if probed else {}),
-        "seconds": {name: entry["seconds"] for name, entry in stages.items()},
-    }
+    classes = {name: run.metrics[name] for name in ("probe", "finetune") if name in run.metrics}
+    if "probe" in classes:
+        show_probe(classes["probe"])
+    if "finetune" in classes:
+        show_finetune(classes["finetune"])
+    result: dict = {}
+    if run.recipe.tasks:
+        result = {
+            "balance": run.material.plan.summary,
+            "data": run.metrics["data"],
+            "tokenizer": run.metrics["tokenizer"],
+            "evaluate": run.metrics.get("evaluate", {}),
+        }
+    result |= {**classes, "seconds": {name: entry["seconds"] for name, entry in stages.items()}}
     write_atomic(run.dir / "metrics.json", json.dumps(result, indent=2) + "\n")
     page = run.dir / "report.html"
     shown = runs.report(run.dir)
     write_atomic(page, render(shown))
     board.write(run.dir / "tensorboard" / "report", result, shown.pictures)
-    if result["evaluate"]:
+    if result.get("evaluate"):
         show_scores(result["evaluate"])
     console.print(f"report: {page}", soft_wrap=True)
 
@@ -169,3 +182,15 @@ def show_probe(probed: dict) -> None:
     ]  # fmt: skip
     title = f"probe: {probed['validation']} held-out pictures of {probed['classes']} classes"
     table(title, ["features of", "classifier", "top-1", "seeds", "standard error", "top-5"], rows)
+
+
+def show_finetune(tuned: dict) -> None:
+    """Print what every classifier has right, with binomial standard errors."""
+    rows = [
+        [name, found["parameters"],
+         *(f"{found[key]:.3f} ± {found[f'{key}_error']:.3f}" for key in ("top1", "top5"))]
+        for name, found in tuned["models"].items()
+    ]  # fmt: skip
+    counts = f"{tuned['validation']} held-out pictures of {tuned['classes']} classes"
+    title = f"fine-tuned: {counts}, ± one standard error"
+    table(title, ["start", "parameters", "top-1", "top-5"], rows)

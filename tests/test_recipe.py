@@ -31,7 +31,7 @@ student: {{size: tiny, steps: 10}}
 """
 SECTIONS = (
     "name, run_dir, seed, data, tasks, balance, tokenizer, tokens, sentences, teacher, scratch, cache,"
-    " student, prompting, probe, trainer"
+    " student, prompting, probe, finetune, trainer"
 )
 
 
