@@ -149,7 +149,7 @@ class Classifier(nn.Module):
 
         Patches that are new to a pretrained model learn as fast as the head.
         """
-        first = r"^begin" if self.form.input == "patches" else r"^(begin|stem)"
+        first = r"^begin" if self.form.input == "patches" else r"^(?:begin|stem)"
         return {
             "stem": first,
             "blocks": [(r"^blocks\.layers\.(\d+)", None), (r"^blocks\.norm", (99999,))],

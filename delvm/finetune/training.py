@@ -95,7 +95,7 @@ class FinetuneConfig(OptimizerConfig):
                 raise ValueError(f"{key}: {getattr(self, key)} must be at least {least}")
         if self.input == "patches" and self.image_size % self.patch_size:
             raise ValueError(
-                f"image_size: {self.image_size} is not a multiple of patch_size, {self.patch_size}"
+                f"image_size: {self.image_size} must be a multiple of patch_size, {self.patch_size}"
             )
         for key in ("anneal", "layer_decay"):
             if not 0 <= getattr(self, key) <= 1:

@@ -50,21 +50,21 @@ class ViewsConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
-            raise ValueError(f"crop: {self.crop} must lie in 0..1, 0 excluded")
+            raise ValueError(f"views.crop: {self.crop} must lie in 0..1, 0 excluded")
         for key in ("colour", "erasing", "mixing"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key}: {getattr(self, key)} must lie in 0..1")
+                raise ValueError(f"views.{key}: {getattr(self, key)} must lie in 0..1")
         if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing: {self.smoothing} must lie in 0..1, 1 excluded")
+            raise ValueError(f"views.smoothing: {self.smoothing} must lie in 0..1, 1 excluded")
         for key in ("mixup", "cutmix"):
             if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(f"{key}: {getattr(self, key)} must be at least 0 and finite")
+                raise ValueError(f"views.{key}: {getattr(self, key)} must be at least 0 and finite")
         if self.augment:
             try:
                 rand_augment_transform(self.augment, {})
             except (AssertionError, ValueError, KeyError) as error:
                 raise ValueError(
-                    f"augment: '{self.augment}' is no RandAugment of timm, such as rand-m9-mstd0.5-inc1"
+                    f"views.augment: '{self.augment}' is no RandAugment of timm, such as rand-m9-mstd0.5-inc1"
                 ) from error
 
     @property
