@@ -83,7 +83,8 @@ def test_learning_rates_by_layer(form):
     rates = {  # two layers: the head, layer 2 and the norm, layer 1, what is below
         "head.weight": (0.5, 0.1), "head.bias": (0.5, 0), "query": (0.5, 0), "begin": (0.0625, 0),
         "blocks.norm.weight": (0.25, 0),
-        "blocks.layers.1.self_attn.q_proj.weight": (0.25, 0.1), "blocks.layers.1.mlp.up_proj.weight": (0.25, 0.1),
+        "blocks.layers.1.self_attn.q_proj.weight": (0.25, 0.1),
+        "blocks.layers.1.mlp.up_proj.weight": (0.25, 0.1),
         "blocks.layers.1.input_layernorm.weight": (0.25, 0),
         "blocks.layers.0.self_attn.o_proj.weight": (0.125, 0.1),
         "blocks.layers.0.post_attention_layernorm.weight": (0.125, 0),
@@ -207,7 +208,8 @@ def test_rows_of_the_table():
     models = {"teacher": Path("a"), "student": Path("b")}
     rows = [(arm.name, arm.folder, arm.start) for arm in arms.list_arms(models, ["pretrained", "random"])]
     assert rows == [
-        ("teacher", Path("a"), "pretrained"), ("student", Path("b"), "pretrained"), ("random", Path("b"), "random"),
+        ("teacher", Path("a"), "pretrained"), ("student", Path("b"), "pretrained"),
+        ("random", Path("b"), "random"),
     ]  # fmt: skip
     assert [arm.name for arm in arms.list_arms(models, ["random"])] == ["random"]
 
@@ -389,8 +391,8 @@ def test_the_recipe_for_imagenet_tunes_on_any_classes(recipe, tmp_path, capfd, i
     [
         ("finetune.train=none", "finetune.train: no folder 'none'"),
         ("finetune.models.student=none", "finetune.models.student: none: no such folder"),
-        ("finetune.batch_size=5", "finetune.batch_size: 5 must divide by 2 * processes * trainer.accumulate = 2:"
-                                  " pictures are mixed in pairs; or finetune.views.mixing=0"),
+        ("finetune.batch_size=5", "finetune.batch_size: 5 must divide by 2 * processes * trainer.accumulate"
+                                  " = 2: pictures are mixed in pairs; or finetune.views.mixing=0"),
         ("finetune.mask=free", "finetune.mask: 'free' is unknown; choices: causal, bidirectional"),
         ("finetune.roles=[student]", "finetune.roles: 'student' is no model of the run; choices: none, the"
                                      " recipe trains no model"),

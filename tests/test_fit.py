@@ -425,7 +425,7 @@ def test_the_recipe_for_imagenet_probes_any_classes(probing, tmp_path, capfd):
     said = capfd.readouterr().out
     assert "probe: 5 held-out pictures of 2 classes" in said
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"recipe.yaml", "probe", "features", "tensorboard"}
+    assert names == {"recipe.yaml", "probe", "features", "metrics.json", "report.html", "tensorboard"}
     rows = json.loads((tmp_path / "run" / "probe" / "metrics.json").read_text())["models"]
     assert list(rows) == ["student", "scratch", "random", "tokens", "pixels", "codebook"]
     assert {kind for kinds in rows.values() for kind in kinds} == {"ridge", "nearest", "linear"}

@@ -114,6 +114,7 @@ def test_what_a_recipe_leaves_out_is_the_default(write):
         student=None,
         prompting=PromptingConfig(),
         probe=None,
+        finetune=None,
         trainer=TrainerConfig(),
     )
 
@@ -455,6 +456,38 @@ def test_a_probe_of_given_models_needs_no_tasks(write):
 def test_a_probe_that_lacks_something(write, text, override, message):
     path = write(text)
     assert _refused(load, path, [override]).startswith(f"{path}: {message}")
+
+
+TUNE = "finetune: {train: t, validation: v, models: {student: ~/s}}\n"
+
+
+def test_a_fine_tuning_of_given_models_needs_no_tasks(write):
+    found = load(write(TUNE + "tokenizer: {folder: f}\n"))
+    assert found.tasks == {}
+    assert found.finetune.models == {"student": str(Path("~/s").expanduser())}
+    assert load(write(TUNE), ["finetune.input=patches"]).tokenizer.folder == ""
+    found = load(write(), ["finetune.train=t", "finetune.validation=v", "finetune.roles=[scratch]"])
+    assert found.finetune.roles == ["scratch"]
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        (TUNE, "teacher.steps=1", "tasks: none; teacher needs at least one task, finetune.models needs none"),
+        (TUNE, "seed=0", "tokenizer.folder: missing, there are no tasks to train a tokenizer on"),
+        (TUNE, "finetune.views.crop=2", "finetune.views.crop: 2.0 must lie in 0..1, 0 excluded"),
+        (TUNE, "finetune.views=1", "finetune.views: 1 is not a mapping of settings"),
+        (SMALL + TUNE, "seed=0", "finetune.models.student: the run has its own; choose another name"),
+        (
+            SMALL,
+            "finetune={train: t, validation: v, roles: [pupil]}",
+            "finetune.roles: 'pupil' is no model of the run; choices: teacher, scratch, student",
+        ),
+    ],
+)
+def test_a_fine_tuning_that_lacks_something(write, text, override, message):
+    path = write(text)
+    assert message in _refused(load, path, [override])
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "..", "-a", "_a", "é", "a.b", ""])

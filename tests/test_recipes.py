@@ -41,6 +41,10 @@ FOLDERS = {  # what stands for `???` elsewhere
         "probe.models.student=student",
         "tokenizer.folder=tokenizer",
     ],
+    "finetune_imagenet": [
+        *(f"finetune.{split}={split}" for split in ("train", "validation")),
+        "finetune.models.student=student",
+    ],
     "vqgan_64": ["tasks.photos.images=photos"],
     "vqgan_256": ["tasks.photos.images=photos", "tokenizer.perceptual_weights=vgg16.pth"],
     "balance": [
@@ -135,7 +139,7 @@ def test_every_recipe_loads_and_loads_again(path, given, tmp_path):
     of_paper = path.stem in SIZES or published
     recipe = load(path, [*given, *published] if of_paper else FOLDERS.get(path.stem, []))
     assert recipe.name == path.stem
-    assert recipe.teacher or recipe.probe or path.stem.startswith("vqgan")
+    assert recipe.teacher or recipe.probe or recipe.finetune or path.stem.startswith("vqgan")
     saved = tmp_path / "recipe.yaml"
     saved.write_text(to_yaml(recipe))
     assert load(saved) == recipe
