@@ -279,7 +279,7 @@ def test_processes_and_micro_batches_share_a_step(colours, model, tokenizer, tmp
 
 def test_in_bfloat16_compiled_and_recomputed(colours, model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("delvm.training.COMPILE_BACKEND", "eager")
-    how = {"starts": ["pretrained"], "drop_path": 0.2, "epochs": 1}
+    how = {"starts": ["pretrained"], "drop_path": 0.2, "anneal": 0.5, "epochs": 1}
     expected = tune(colours, model, tokenizer, tmp_path / "plain", **how)
     tune(colours, model, tokenizer, tmp_path / "lean", {"checkpointing": True, "compile": True}, **how)
     for name, weight in weights(tmp_path / "lean").items():

@@ -123,13 +123,15 @@ def test_what_no_model_gives_is_of_the_seed():
 
 
 def test_branches_that_are_left_out():
-    made = build()
+    made = build().train()
     places = torch.cat([made.begin[None], made.stem(CODES[0]), made.query[None]])[None]
     whole = states(made, CODES)
     made.scales = torch.zeros(1, 4)  # two layers of two branches: the residual stream alone
     torch.testing.assert_close(states(made, CODES), made.blocks.norm(places))
     made.scales = torch.ones(1, 4)
     torch.testing.assert_close(states(made, CODES), whole)
+    made.scales = torch.zeros(1, 4)
+    torch.testing.assert_close(states(made.eval(), CODES), whole)  # in training alone
 
 
 @pytest.mark.parametrize("form", [FORM, PATCHES], ids=["tokens", "patches"])

@@ -89,7 +89,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.scales: Tensor | None = None
-        """(n, 2 * layers) float: what the branches of the blocks are multiplied by, for stochastic depth."""
+        """(n, 2 * layers) float: what the blocks' branches are multiplied by in training: stochastic depth."""
         for place, layer in enumerate(self.blocks.layers):
             layer.self_attn.register_forward_hook(self._scale(2 * place))
             layer.mlp.register_forward_hook(self._scale(2 * place + 1))
@@ -157,7 +157,7 @@ class Classifier(nn.Module):
 
     def _scale(self, place: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            if self.scales is None:
+            if self.scales is None or not self.training:
                 return None
             scale = self.scales[:, place, None, None]
             if isinstance(output, tuple):

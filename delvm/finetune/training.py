@@ -149,9 +149,9 @@ class Finetune(pl.LightningModule):
         return {**batch, "inputs": self.read(batch["pictures"])}
 
     def training_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        # they stay until the next step: recomputed activations ask for them in the backward pass
         self.classifier.scales = branch_scales(batch["draws"], self.config.drop_path)
         logits = self.classifier(batch["inputs"], future=self.future(self.global_step)).float()
-        self.classifier.scales = None
         right = (logits.argmax(-1) == batch["labels"]).float().mean()
         return {"loss": self.loss(logits, batch["targets"]), "accuracy": right.detach()}
 
