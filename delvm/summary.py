@@ -162,7 +162,7 @@ def conclude(run: Run) -> None:
             "tokenizer": run.metrics["tokenizer"],
             "evaluate": run.metrics.get("evaluate", {}),
         }
-    result |= {**classes, "seconds": {name: entry["seconds"] for name, entry in stages.items()}}
+    result.update(classes, seconds={name: entry["seconds"] for name, entry in stages.items()})
     write_atomic(run.dir / "metrics.json", json.dumps(result, indent=2) + "\n")
     page = run.dir / "report.html"
     shown = runs.report(run.dir)
