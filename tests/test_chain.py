@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from delvm import fit, llama, plan, recipe, teach
+from delvm import finetune, fit, llama, plan, recipe, teach
 from delvm.distill.on_policy import on_policy_step
 from delvm.distill.slice import slice_embedding, slice_student
 from delvm.evaluate import likelihood
@@ -67,7 +67,7 @@ def again(copy, *overrides, capsys):
     capsys.readouterr()
     assert fit.run(copy[0], [f"run_dir={copy[1]}", *overrides]) == 0
     said = capsys.readouterr().out
-    stages = [*STAGES[:5], "cache", *STAGES[5:7], "probe", *STAGES[7:]]
+    stages = [*STAGES[:5], "cache", *STAGES[5:7], "probe", "finetune", *STAGES[7:]]
     made = [name for name in stages if f"{name}: done in" in said]
     reused = [name for name in stages if f"{name}: unchanged, reused" in said]
     assert not set(made) & set(reused)
@@ -281,6 +281,26 @@ def test_a_probe_reads_the_runs_models(copy, tmp_path, capsys):
     assert [s.parent.name for s, t in zip(shards, stamps, strict=True) if s.stat().st_mtime_ns == t] == [
         shard.parent.name for shard in shards if shard.parent.name.endswith(".train")
     ]
+
+
+def test_a_fine_tuning_takes_the_runs_student(copy, tmp_path, capsys):
+    write_classes(tmp_path / "train", {"ant": 7, "bee": 7})
+    write_classes(tmp_path / "val", {"bee": 3})
+    asked = [f"finetune.train={tmp_path / 'train'}", f"finetune.validation={tmp_path / 'val'}"]
+    asked += ["finetune.epochs=1", "finetune.batch_size=7"]
+    assert again(copy, *asked, capsys=capsys) == ["finetune"]
+    said = json.loads((copy[1] / "metrics.json").read_text())["finetune"]
+    assert list(said["models"]) == ["student", "random"]
+    assert (said["train"], said["validation"], said["classes"]) == (14, 3, 2)
+    assert finetune.load(copy[1] / "finetune" / "student").tokenizer.hash == (
+        Tokenizer.load(copy[1] / "tokenizer").hash
+    )
+    assert again(copy, *asked, capsys=capsys) == []
+    assert again(copy, *asked, "finetune.roles=[scratch]", capsys=capsys) == ["finetune"]
+    said = json.loads((copy[1] / "metrics.json").read_text())["finetune"]
+    assert list(said["models"]) == ["scratch", "random"]
+    Image.new("RGB", (9, 9)).save(tmp_path / "val" / "bee" / "0.png")
+    assert again(copy, *asked, "finetune.roles=[scratch]", capsys=capsys) == ["finetune"]
 
 
 def test_without_student_the_teacher_is_exported(finished, tmp_path):

@@ -89,7 +89,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.scales: Tensor | None = None
-        """(n, 2 * layers) float: what the blocks' branches are multiplied by in training: stochastic depth."""
+        """(n, 2 * layers) float: what the blocks' branches are multiplied by in training."""
         for place, layer in enumerate(self.blocks.layers):
             layer.self_attn.register_forward_hook(self._scale(2 * place))
             layer.mlp.register_forward_hook(self._scale(2 * place + 1))
