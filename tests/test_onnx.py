@@ -4,6 +4,7 @@ import builtins
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx as onnx_format
@@ -204,6 +205,10 @@ def script_and(folder, out):
     assert snippet[1] == ONNX.code
     keep = f"\nnp.savez({str(out)!r}, prompt=prompt, codes=np.concatenate(codes, axis=1), logits=logits)\n"
     return snippet[1] + keep
+
+
+def test_the_projects_readme_has_the_script():
+    assert f"```python\n{ONNX.code}```" in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_cards_script_runs_without_torch_and_equals_transformers(run, exported, tmp_path):
