@@ -64,7 +64,7 @@ class Given:
         """The configuration of `teacher.folder`; None where a teacher is trained.
 
         Raises:
-            UserError: it cannot be read, or is for another vocabulary.
+            UserError: it cannot be read, or is for another vocabulary or other codes.
         """
         folder = self.recipe.teacher.folder if self.recipe.teacher else ""
         if not folder:
@@ -74,6 +74,11 @@ class Given:
             raise UserError(
                 f"teacher.folder: '{folder}' has {config.vocab_size} ids, codes and special ids here are"
                 f" {self.vocabulary}"
+            )
+        if getattr(config, "num_codes", self.num_codes) != self.num_codes:
+            raise UserError(
+                f"teacher.folder: '{folder}' {llama.what_it_reads(config)}, the tokenizer here has"
+                f" {self.num_codes}"
             )
         return config
 

@@ -100,6 +100,14 @@ def codes_fit(config: LlamaConfig, num_codes: int) -> bool:
     return 0 <= config.vocab_size - num_codes <= 2 + num_codes // 64
 
 
+def what_it_reads(config: LlamaConfig) -> str:
+    """What `codes_fit` goes by, in words."""
+    trained_on = getattr(config, "num_codes", None)
+    if trained_on is not None:
+        return f"was trained on {trained_on} codes"
+    return f"has a vocabulary of {config.vocab_size}"
+
+
 def configuration(
     size: str, vocab_size: int, max_positions: int, *, bos: int | None = None, eos: int | None = None
 ) -> LlamaConfig:

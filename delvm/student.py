@@ -247,9 +247,7 @@ def load(folder: str | Path, tokenizer: str | Path | None = None) -> Student:
         raise UserError(f"{folder}: no tokenizer/ in it or beside it; name the folder of its tokenizer")
     vqgan = load_tokenizer(tokenizer)
     if not llama.codes_fit(config, vqgan.num_codes):
-        raise UserError(
-            f"{tokenizer}: has {vqgan.num_codes} codes; {folder} has a vocabulary of {config.vocab_size}"
-        )
+        raise UserError(f"{tokenizer}: has {vqgan.num_codes} codes; {folder} {llama.what_it_reads(config)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Student(llama.load(folder, num_codes=vqgan.num_codes).to(device), vqgan.to(device))
 

@@ -691,7 +691,10 @@ def test_a_teacher_of_another_run(copy, finished, tmp_path, capsys):
         return {path: path.read_bytes() for path in copy[1].rglob("*") if path.is_file()}
 
     before = snapshot()
+    of_other_codes = llama.build("micro", 18, 66, seed=7)
+    of_other_codes.config.num_codes = 12
     for model, message in (
+        (of_other_codes, "was trained on 12 codes, the tokenizer here has 16"),
         (llama.build("micro", 19, 66, seed=7), "has 19 ids, codes and special ids here are 18"),
         (llama.build("micro", 18, 65, seed=7), "takes 65 tokens, rows and sentences here have up to 66"),
     ):

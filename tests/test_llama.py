@@ -268,6 +268,8 @@ def test_a_saved_model_says_which_codes_it_reads_and_others_are_judged_by_their_
     config = llama.load_config(tmp_path / "ours")
     assert (config.num_codes, config.vocab_size) == (16, 116)
     assert [codes for codes in range(1, 130) if llama.codes_fit(config, codes)] == [16]
+    assert llama.what_it_reads(config) == "was trained on 16 codes"
     published = llama.configuration("micro", 8292, 64)  # LVM's
     fitting = [codes for codes in (4096, 8162, 8163, 8292, 8293) if llama.codes_fit(published, codes)]
     assert fitting == [8163, 8292]
+    assert llama.what_it_reads(published) == "has a vocabulary of 8292"

@@ -107,9 +107,8 @@ def _check_codes(
     codes = tokenizer.num_codes
     if num_codes is not None and codes != num_codes:
         raise UserError(f"{tokenizer_folder}: has {codes} codes; the model was trained on {num_codes}")
-    vocab_size = model.config.vocab_size
-    if vocab_size < codes or not (num_codes or llama.codes_fit(model.config, codes)):
-        raise UserError(f"{folder}: has a vocabulary of {vocab_size}; its tokenizer has {codes} codes")
+    if model.config.vocab_size < codes or not (num_codes or llama.codes_fit(model.config, codes)):
+        raise UserError(f"{folder}: {llama.what_it_reads(model.config)}; its tokenizer has {codes} codes")
     for key in ("bos", "eos"):
         special = getattr(model.config, f"{key}_token_id")
         if special is not None and min(special if isinstance(special, list) else [special]) < codes:
