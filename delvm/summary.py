@@ -149,7 +149,9 @@ def conclude(run: Run) -> None:
     """Write `metrics.json`, `report.html` and the same to TensorBoard of a run that has ended, and print its
     last table."""
     stages = {stage.name: record(run.dir / stage.name) for stage in run.stages()}
-    classes = {name: run.metrics[name] for name in ("probe", "finetune") if name in run.metrics}
+    classes: dict[str, dict] = {
+        name: run.metrics[name] for name in ("probe", "finetune") if name in run.metrics
+    }
     if "probe" in classes:
         show_probe(classes["probe"])
     if "finetune" in classes:
