@@ -195,7 +195,9 @@ class Run:
         learning = [rows, *machine, recipe.trainer.averaging]
         student = recipe.student
         # what the scratch control, and what a cache, take from the student's section
-        start = [student.size, student.init, student.steps, student.batch_size] if student else []
+        start = [
+            student.size, student.init, student.embedding, student.steps, student.batch_size
+        ] if student else []  # fmt: skip
         said = [student.temperature, student.teacher_precision] if student else []
         if student and recipe.cache and not recipe.cache.rows:
             said.append(student.steps * student.batch_size)

@@ -165,6 +165,11 @@ class Given:
         return self.tokenizer.num_codes if self.tokenizer else self.recipe.tokenizer.num_codes
 
     @property
+    def code_dim(self) -> int:
+        """Numbers of a code's vector."""
+        return self.tokenizer.codebook.shape[1] if self.tokenizer else self.recipe.tokenizer.code_dim
+
+    @property
     def vocabulary(self) -> int:
         """Ids of the models: the codes, and BOS and EOS where sentences have them."""
         return max(self.num_codes - 1, *(self.recipe.sentences.ends(self.num_codes) or (0,))) + 1
@@ -185,8 +190,11 @@ class Given:
         if role == "teacher" and self.teacher:
             return self.teacher
         bos, eos = self.recipe.sentences.ends(self.num_codes) or (None, None)
-        size = self.training_config(role).size
-        return llama.configuration(size, self.vocabulary, positions, bos=bos, eos=eos)
+        training = self.training_config(role)
+        config = llama.configuration(training.size, self.vocabulary, positions, bos=bos, eos=eos)
+        if training.embedding == "codebook":  # logits that are products with so few numbers would be poor
+            config.tie_word_embeddings = False
+        return config
 
     @property
     def teacher_precision(self) -> str:

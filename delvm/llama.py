@@ -11,10 +11,12 @@ from typing import TypeVar
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from delvm import published
+from delvm.embedding import EMBEDDINGS, CodebookEmbedding, fold
 from delvm.errors import UserError
 
 Result = TypeVar("Result")
@@ -159,23 +161,46 @@ def build(
     return initialise(configuration(size, vocab_size, max_positions, bos=bos, eos=eos), seed=seed)
 
 
-def initialise(config: LlamaConfig, *, seed: int | None = None, scheme: str = "default") -> LlamaForCausalLM:
+def initialise(
+    config: LlamaConfig,
+    *,
+    seed: int | None = None,
+    scheme: str = "default",
+    embedding: str = "learned",
+    codebook: Tensor | None = None,
+) -> LlamaForCausalLM:
     """`build` for a configuration, its weights drawn by a scheme of SCHEMES.
 
-    Raises ValueError for an unknown one.
+    embedding: of EMBEDDINGS; but for `learned` it takes the tokenizer's codebook, (codes, code_dim) float.
+    All other weights are those of the `learned` model of the same seed.
+
+    Raises ValueError for an unknown one of either, no codebook, one of more codes than the model has ids, and
+    for `codebook` with a tied head: logits would be products with vectors of few and frozen numbers.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme: {scheme!r} is unknown; choices: {', '.join(SCHEMES)}")
+    for key, value, choices in (("scheme", scheme, SCHEMES), ("embedding", embedding, EMBEDDINGS)):
+        if value not in choices:
+            raise ValueError(f"{key}: {value!r} is unknown; choices: {', '.join(choices)}")
+    if embedding == "codebook" and config.tie_word_embeddings:
+        raise ValueError("embedding: 'codebook' is none to tie the head to; set tie_word_embeddings to False")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+        if embedding != "learned":
+            if codebook is None:
+                raise ValueError(f"codebook: missing, embedding '{embedding}' starts from one")
+            with torch.random.fork_rng(devices=[]):  # what a scheme draws after it stays the same
+                model.model.embed_tokens = CodebookEmbedding(
+                    codebook, model.model.embed_tokens.weight, config.initializer_range
+                )
         SCHEMES[scheme](model)
+    if embedding == "codebook_start":
+        fold(model)
     return model.train()
 
 
 def keep(model: LlamaForCausalLM) -> None:
-    """Leave the weights as transformers has drawn them: normal, 0.02; norms 1, biases 0."""
+    """Leave the weights as they have been drawn: normal, 0.02; norms 1, biases 0."""
 
 
 def draw_as_delvm(model: LlamaForCausalLM) -> None:
@@ -183,8 +208,8 @@ def draw_as_delvm(model: LlamaForCausalLM) -> None:
 
     Standard deviation, of layer l = 0, 1, ...: queries, keys, values and the MLP's gate 0.006; its way up and
     attention's output projection 0.006 / sqrt(2 (l + 1)); its way down 0.0015; the head 0.0052.
-    The embedding keeps 0.02: there it is frozen codebook vectors behind a learned projection, for which this
-    model has no counterpart. A head that is tied to it keeps it too.
+    So has the projection of codebook vectors, where the model reads these, as DeLVM does. A table of its own,
+    rows of special ids and a head that is tied keep 0.02.
     """
     for number, layer in enumerate(model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
@@ -195,6 +220,8 @@ def draw_as_delvm(model: LlamaForCausalLM) -> None:
         torch.nn.init.normal_(mlp.down_proj.weight, std=0.0015)
     if not model.config.tie_word_embeddings:
         torch.nn.init.normal_(model.lm_head.weight, std=0.0052)
+    if isinstance(model.model.embed_tokens, CodebookEmbedding):
+        torch.nn.init.normal_(model.model.embed_tokens.projection.weight, std=0.0052)
 
 
 SCHEMES: dict[str, Callable[[LlamaForCausalLM], None]] = {"default": keep, "delvm": draw_as_delvm}
@@ -217,10 +244,13 @@ def count_parameters(config: LlamaConfig) -> int:
 def save(model: LlamaForCausalLM, folder: str | Path, *, num_codes: int | None = None) -> None:
     """Writes config.json, generation_config.json, model.safetensors. Raises OSError where they do not fit.
 
+    A model that reads a codebook is folded first, in place: what is written is a plain Llama.
+
     num_codes: of the tokenizer whose codes the model reads, where that is known; config.json says it.
     """
     if num_codes is not None:
         model.config.num_codes = num_codes
+    fold(model)
     try:
         _quietly(lambda: model.save_pretrained(folder))
     except SafetensorError as error:  # a full disk reaches us under this name

@@ -2,7 +2,8 @@
 
 Counted from what autograd keeps of transformers' Llama, what AdamW holds and the fused losses buffer; summed,
 though not all of it is there at once. Left out: what CUDA takes for itself, what the allocator cannot use,
-the masks of packed rows, a cached teacher's few codes, and what compilation saves.
+the masks of packed rows, a cached teacher's few codes, and what compilation, and an embedding that reads a
+codebook, save.
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from delvm.errors import UserError
 from delvm.images.sources import num_pictures
 from delvm.images.tasks import TOKEN_SOURCES
+from delvm.llama import find_size
 from delvm.recipe import Recipe
 from delvm.tokens import balance, lines
 from delvm.tokens.balance import TaskPlan
@@ -78,6 +79,13 @@ def make_plan(recipe: Recipe, manifest: Mapping[str, dict], *, num_tokens: int, 
             )
         if form.length > length:
             notes.append(f"tasks.{task}: sentences of {form.length} tokens, cut into rows of {length}")
+    for role, section in (("teacher", recipe.teacher), ("student", recipe.student)):
+        reads = section is not None and not section.folder and section.embedding == "codebook"
+        if section and reads and find_size(section.size).tie_embeddings:
+            notes.append(
+                f"{role}.embedding: size '{section.size}' ties its head to the embedding; one that reads the"
+                " codebook leaves it a head of its own"
+            )
     for task, (target, share) in balance.shortfalls(plans).items():
         notes.append(
             f"tasks.{task}: {plans[task].wanted} views wanted, cut by balance.max_views:"

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import LlamaForCausalLM
 
 from delvm.distill.fused import fused_cross_entropy
+from delvm.embedding import EMBEDDINGS
 from delvm.llama import SCHEMES, find_size
 
 IGNORED = -100
@@ -66,6 +67,10 @@ class PretrainConfig(OptimizerConfig):
     """A name from `delvm.llama.SIZES`."""
     init: str = "default"
     """How the first weights are drawn, from `delvm.llama.SCHEMES`: transformers' `default`, or `delvm`."""
+    embedding: str = "learned"
+    """What is read for a code: a row of a `learned` table; its vector in the `codebook`, frozen, through a
+    learned projection (DeLVM), folded into a table when the model is saved, beside a head that is never tied;
+    or a learned row that starts as that (`codebook_start`)."""
     folder: str = ""
     """teacher: a trained model's folder to take instead, this project's or one that `delvm.published` knows;
     the other settings are then ignored."""
@@ -76,8 +81,9 @@ class PretrainConfig(OptimizerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         find_size(self.size)
-        if self.init not in SCHEMES:
-            raise ValueError(f"init: '{self.init}' is unknown; choices: {', '.join(SCHEMES)}")
+        for name, choices in (("init", SCHEMES), ("embedding", EMBEDDINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: '{getattr(self, name)}' is unknown; choices: {', '.join(choices)}")
         for key in ("steps", "batch_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)} must be at least 1")

@@ -10,6 +10,7 @@ from delvm import llama, memory, ranks
 from delvm.chain import Run, show_plan
 from delvm.console import console, show_scores, table
 from delvm.distill.cache import cache_bytes
+from delvm.embedding import count_trained
 from delvm.evaluate import board, runs
 from delvm.evaluate.features import Listing
 from delvm.evaluate.report import render
@@ -51,6 +52,8 @@ def dry_run(run: Run) -> None:
         per_step = config.batch_size * plan.length
         rows.append((role, config.size, parameters, config.steps, per_step, per_step * config.steps))
     table("models", ["model", "size", "parameters", "steps", "tokens a step", "tokens"], rows)
+    for role in given.models:
+        show_embedding(given, role, plan.positions)
     show_memory(given, plan)
     if given.teacher:
         console.print(f"teacher: {given.training_config('teacher').folder}", soft_wrap=True)
@@ -67,6 +70,23 @@ def dry_run(run: Run) -> None:
     console.print(f"rows: {plan.length} tokens, {given.num_codes} codes{ends}")
     show_classes_plan(given)
     show_stages(run)
+
+
+def show_embedding(given: Given, role: str, positions: int) -> None:
+    """Print what a model that reads a codebook trains instead of the table that it is saved with."""
+    config = given.model_config(role, positions)
+    if given.training_config(role).embedding == "learned" or (role == "teacher" and given.teacher):
+        return
+    codes = f"{given.num_codes} vectors of {given.code_dim} numbers"
+    if given.training_config(role).embedding == "codebook_start":
+        console.print(f"{role}: its embedding starts from the codebook, {codes}")
+        return
+    trained = count_trained(config, given.num_codes, given.code_dim)
+    console.print(
+        f"{role}: reads the codebook, {codes}, frozen; instead of {config.vocab_size * config.hidden_size:,}"
+        f" parameters its embedding trains {trained:,}",
+        soft_wrap=True,
+    )
 
 
 def show_classes_plan(given: Given) -> None:

@@ -30,10 +30,13 @@ def seed_of(recipe: Recipe, role: str) -> int:
 def new_model(material: Material, role: str) -> LlamaForCausalLM:
     """An untrained model; the scratch control is the student's."""
     given = material.given
+    config = given.training_config(role)
     return llama.initialise(
         given.model_config(role, material.plan.positions),
         seed=seed_of(given.recipe, role),
-        scheme=given.training_config(role).init,
+        scheme=config.init,
+        embedding=config.embedding,
+        codebook=None if config.embedding == "learned" else material.tokenizer().codebook,
     )
 
 

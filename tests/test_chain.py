@@ -216,6 +216,7 @@ def test_a_second_run_reuses_everything(copy, capsys):
     [
         ("prompting.pictures=1", ["evaluate", "export"]),
         ("student.init=delvm", ["scratch", "student", "evaluate", "export"]),
+        ("student.embedding=codebook_start", ["scratch", "student", "evaluate", "export"]),
         ("sentences.validation=3", ["evaluate", "export"]),
         ("student.kd_weight=0.5", ["student", "evaluate", "export"]),
         ("scratch.learning_rate=0.003", ["scratch", "evaluate", "export"]),

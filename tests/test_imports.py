@@ -49,6 +49,7 @@ ORDER = [
     "tokens.rows",
     "tokens.online",
     "published",
+    "embedding",
     "llama",
     "generation",
     "student",

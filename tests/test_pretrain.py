@@ -410,6 +410,10 @@ def test_impossible_optimizer_values(config, values, message):
     [
         ({"size": "huge"}, r"^size: 'huge' is unknown; choices: micro, tiny, .*300m"),
         ({"init": "normal"}, "^init: 'normal' is unknown; choices: default, delvm"),
+        (
+            {"embedding": "frozen"},
+            "^embedding: 'frozen' is unknown; choices: learned, codebook, codebook_start",
+        ),
         ({"steps": 0}, "^steps: 0 must be at least 1"),
         ({"batch_size": 0}, "^batch_size: 0 must be at least 1"),
     ],

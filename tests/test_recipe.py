@@ -379,6 +379,15 @@ def test_a_section_is_a_mapping(write, key, value):
             "student.start_folder: 'old' with start 'random'; start: checkpoint needs one, no other takes"
             " one",
         ),
+        (
+            ["student.embedding=frozen"],
+            "student.embedding: 'frozen' is unknown; choices: learned, codebook, codebook_start",
+        ),
+        (
+            ["student.embedding=codebook", "student.start=slice"],
+            "student.embedding: 'codebook' with start 'slice', which has an embedding; choose embedding:"
+            " learned or start: random",
+        ),
         (["student.start_tokens=0"], "student.start_tokens: 0 must be at least 1"),
         (
             ["cache.kind=topk", "student.kd_weight=0"],

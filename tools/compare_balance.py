@@ -1,7 +1,7 @@
 """One recipe under every balance strategy and several seeds: a table of held-out losses by task.
 
-    python tools/compare_balance.py recipes/balance.yaml --seeds 0 1 2 tasks.colour.images=DIR ...
-    python tools/compare_balance.py recipes/balance.yaml --tune tasks.colour.images=DIR ...
+    python tools/compare_balance.py recipes/balance.yaml tasks.colour.images=DIR ... --seeds 0 1 2
+    python tools/compare_balance.py recipes/balance.yaml tasks.colour.images=DIR ... --tune
 
 Every strategy trains the same teacher for the same steps, on the tokenizer of strategy `augment` of the
 same seed, and is scored on the same held-out sentences. Every run has a folder of its own: a second call goes

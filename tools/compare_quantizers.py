@@ -1,6 +1,6 @@
 """One tokenizer under every quantizer, several seeds: a table of what its codes keep of held-out pictures.
 
-    python tools/compare_quantizers.py recipes/vqgan_64.yaml --seeds 10 11 12 tasks.photos.images=DIR
+    python tools/compare_quantizers.py recipes/vqgan_64.yaml tasks.photos.images=DIR --seeds 10 11 12
     python tools/compare_quantizers.py ... --rates 5e-4 1e-3 2e-3 [--arms ema rotation]
 
 All arms of a seed share pictures, their split by name, first weights and steps. With several --rates each arm

@@ -90,6 +90,11 @@ class DistillConfig(PretrainConfig):
                 f"start_folder: '{self.start_folder}' with start '{self.start}'; start: checkpoint needs one,"
                 " no other takes one"
             )
+        if self.start != "random" and self.embedding != "learned":
+            raise ValueError(
+                f"embedding: '{self.embedding}' with start '{self.start}', which has an embedding; choose"
+                " embedding: learned or start: random"
+            )
         if self.start_tokens < 1:
             raise ValueError(f"start_tokens: {self.start_tokens} must be at least 1")
         temperatures = {"temperature": self.temperature} | _named(self, "task_temperatures")
