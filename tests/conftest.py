@@ -5,7 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+# a busy machine is no reason to fail
+settings.register_profile("no_timings", deadline=None)
+settings.load_profile("no_timings")
 
 MICRO = """
 # two scenes and a folder task over 16 px, 16 codes and micro models: the whole chain in seconds

@@ -391,7 +391,7 @@ def test_perplexities_of_a_fresh_model_are_near_uniform():
 def test_the_table_of_embeddings(micro, monkeypatch, capsys):
     root = micro.parent / "run"
     arms = ["learned", "codebook", "codebook_start"]
-    arguments = [micro, f"run_dir={root}", "sentences.validation=2", "student.learning_rate=1e-3"]
+    arguments = [micro, f"run_dir={root}", "sentences.validation=2", "student.steps=2", "tokenizer.steps=1"]
     monkeypatch.setattr(compare_embeddings, "RATE", 1e-2)
     monkeypatch.setattr("sys.argv", ["compare", *map(str, arguments), "--seeds", "1", "2", "--arms", *arms])
     assert compare_embeddings.main() == 0
