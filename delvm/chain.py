@@ -130,7 +130,7 @@ class Run:
             {role: self.dir / role for role in self.given.models}, material.store(tokenizer.hash), tokenizer,
             material.plan.forms, recipe.sentences, recipe.prompting,
             views=material.views("validation"), seed=recipe.seed, device=device,
-            scorers=held_out.scorers_of(self.given.image_tasks),
+            scorers=held_out.scorers_of(self.given.image_tasks, recipe.prompting.scores),
         )  # fmt: skip
         prompting.save_pictures(folder / "pictures", pictures)
         return scores

@@ -17,6 +17,7 @@ from delvm.distill.teacher import serves
 from delvm.errors import UserError
 from delvm.evaluate.probe import ProbeConfig
 from delvm.evaluate.prompting import PromptingConfig
+from delvm.evaluate.scores import SCORES
 from delvm.finetune.training import FinetuneConfig
 from delvm.images.tasks import TOKEN_SOURCES, DataConfig, TaskConfig
 from delvm.pretrain import OptimizerConfig, PretrainConfig
@@ -34,7 +35,7 @@ SECTIONS: dict[str, type] = {
 }  # fmt: skip
 BY_TASK = (
     "balance.shares", "sentences.kinds", "sentences.shots",
-    "student.task_ce_weights", "student.task_kd_weights", "student.task_temperatures",
+    "student.task_ce_weights", "student.task_kd_weights", "student.task_temperatures", "prompting.scores",
 )  # fmt: skip
 """Settings that name tasks."""
 MAX_SEED = 2**32 - 2  # the student takes the next one, Lightning none from 2**32
@@ -82,6 +83,11 @@ class Recipe:
             for task in getattr(getattr(self, section), name, ()):
                 if task not in self.tasks:
                     raise ValueError(f"{key}.{task}: no such task; tasks: {', '.join(self.tasks)}")
+        for task, kind in self.prompting.scores.items():
+            if kind not in SCORES:
+                raise ValueError(
+                    f"prompting.scores.{task}: '{kind}' is unknown; choices: {', '.join(SCORES)}"
+                )
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} must be at least 0")
         if self.seed > MAX_SEED:

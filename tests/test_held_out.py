@@ -172,7 +172,8 @@ def test_every_task_has_a_scorer():
         {
             "shapes": TaskConfig(scene="segmentation", samples=1, validation_samples=1),
             "rain": TaskConfig("lvm", "x"),
-        }
+        },
+        {},
     )
     truth = np.zeros((1, 4, 4, 3), np.uint8)
     truth[:, :2] = (255, 0, 0)
@@ -180,6 +181,21 @@ def test_every_task_has_a_scorer():
     almost[:, :2] = (200, 40, 0)  # nearest to red, of black and the colours of all shapes
     assert found["shapes"](almost, truth).metrics["miou"] == 1.0
     assert found["rain"](truth, truth).metrics == {"mse": 0.0}
+
+
+def test_a_recipe_says_how_a_task_is_scored():
+    shapes = TaskConfig(scene="segmentation", samples=1, validation_samples=1)
+    found = held_out.scorers_of({"shapes": shapes, "lines": TaskConfig(images="a", annotations="b")},
+                                {"shapes": "foreground", "lines": "edges"})  # fmt: skip
+    truth = np.zeros((1, 4, 4, 3), np.uint8)
+    truth[:, :2] = (255, 0, 0)
+    blue = np.flip(truth, axis=-1)  # of another class, and as much of it
+    assert found["shapes"](blue, truth).metrics["foreground_iou"] == 1.0
+    line = np.zeros((1, 9, 9, 3), np.uint8)
+    line[:, 4] = 255
+    beside = np.roll(line, 3, axis=1)  # farther off than a pixel
+    assert found["lines"](line, line).metrics["boundary_f"] == 1.0
+    assert found["lines"](beside, line).metrics["boundary_f"] == 0.0
 
 
 def test_what_is_shown_of_a_sentence(held, samples):
@@ -202,7 +218,12 @@ def test_several_models(held, model, tmp_path):
         CONFIG, PromptingConfig(pictures=2), views=held.views, seed=3, device=torch.device("cpu"),
     )  # fmt: skip
     assert list(scores) == ["teacher", "student"]
-    assert scores["teacher"] == measure(model, held, PromptingConfig(pictures=2)).scores
+    found = measure(model, held, PromptingConfig(pictures=2))
+    assert scores["teacher"]["film"] == found.scores["film"]  # no annotations
+    shade = scores["teacher"]["shade"]
+    assert shade["examples"] == {"0": found.examples["shade"][0], "1": found.examples["shade"][1]}
+    assert shade["places"] == found.places["shade"]
+    assert {key: shade[key] for key in found.scores["shade"]} == found.scores["shade"]
     assert scores["student"]["shade"]["loss"] != scores["teacher"]["shade"]["loss"]
     assert [caption for caption, _ in pictures["film"][1]] == [
         "image",

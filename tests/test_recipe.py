@@ -166,6 +166,7 @@ def test_name_and_folder(write):
         ("student.on_policy.share=0.5", 0.5),
         ("student.divergence=jsd", "jsd"),
         ("student.task_temperatures.pose=2", 2.0),
+        ("prompting.scores.edges=edges", "edges"),
         ("student.ce_weight_end=2", 2.0),
         ("teacher.folder=~/teacher", str(Path("~/teacher").expanduser())),
     ],
@@ -315,6 +316,12 @@ def test_a_section_is_a_mapping(write, key, value):
         ),
         (["balance.shares.pose=-1"], "balance.shares.pose: -1.0 must be above 0 and finite"),
         (["balance.shares.nope=2"], "balance.shares.nope: no such task; tasks: pose, edges"),
+        (["prompting.scores.nope=edges"], "prompting.scores.nope: no such task; tasks: pose, edges"),
+        (
+            ["prompting.scores.edges=lines"],
+            "prompting.scores.edges: 'lines' is unknown; choices: segmentation, foreground, pose,"
+            " restoration, difference, edges",
+        ),
         (["sentences.pairs=0"], "sentences.pairs: 0 must be at least 1"),
         (["teacher.learning_rate=nan"], "teacher.learning_rate: nan must be above 0 and finite"),
         (["student.kd_weight=-1"], "student.kd_weight: -1.0 must be at least 0 and finite"),

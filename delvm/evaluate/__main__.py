@@ -220,7 +220,7 @@ def measure(
     judged: Student, held: HeldOut, recipe: Recipe, name: str, options: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, list[list[Picture]]]]:
     """What metrics.json says of the held-out samples, and the pictures to look at."""
-    scorers = held_out.scorers_of(recipe.tasks)
+    scorers = held_out.scorers_of(recipe.tasks, recipe.prompting.scores)
     with tqdm(desc="held-out", unit="sentence") as bar:
         found = held_out.measure(
             judged.model, held, recipe.prompting, examples=options.shots, scorers=scorers,
@@ -231,10 +231,7 @@ def measure(
     drawn: dict[str, dict[str, Metrics]] = {task: dict(against) for task, against in found.drawn.items()}
     for task, ceiling in held_out.ceilings(held, recipe.prompting.queries, scorers).items():
         drawn[task]["ceiling"] = ceiling
-    examples = {
-        task: {str(number): entry for number, entry in by_number.items()}  # as JSON has them
-        for task, by_number in found.examples.items()
-    }
+    examples = {task: found.by_number(task) for task in found.examples}
     metrics = {"likelihood": found.scores, "examples": examples, "places": found.places, "pictures": drawn}
     return metrics, rows
 

@@ -107,6 +107,10 @@ class Findings:
     pictures: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """The last pictures of the first sentences as the model draws them, (H, W, 3) uint8."""
 
+    def by_number(self, task: str) -> dict[str, Metrics]:
+        """`examples` of a task as JSON has them."""
+        return {str(number): entry for number, entry in self.examples[task].items()}
+
 
 def measure(
     model: LlamaForCausalLM,
@@ -152,11 +156,13 @@ def measure(
     return found
 
 
-def scorers_of(tasks: Mapping[str, TaskConfig]) -> dict[str, Scorer]:
-    """How the generated pictures of every task are scored, by what its settings say that they are."""
-    return {
-        task: partial(score, kind_of(config), palette=palette_of(config)) for task, config in tasks.items()
-    }
+def scorers_of(tasks: Mapping[str, TaskConfig], kinds: Mapping[str, str]) -> dict[str, Scorer]:
+    """How the generated pictures of every task are scored: as `kinds` has it, or by what its settings say."""
+    found: dict[str, Scorer] = {}
+    for task, config in tasks.items():
+        kind = kinds.get(task) or kind_of(config)
+        found[task] = partial(score, kind, palette=palette_of(config) if kind == "segmentation" else None)
+    return found
 
 
 def ceilings(held: HeldOut, queries: int, scorers: Mapping[str, Scorer]) -> dict[str, Metrics]:
@@ -209,8 +215,9 @@ def evaluate(
 
     Returns:
         Scores by model and task as `likelihood.evaluate` gives them, with those of the generated pictures as
-        "pictures": against the "truth", against its "reconstruction", and the "ceiling", see `ceilings`. And
-        rows of captioned pictures by task: what a sentence shows, the truth, and each model's own.
+        "pictures": against the "truth", against its "reconstruction", and the "ceiling", see `ceilings`; of
+        annotations "examples" and "places", see `Findings`. And rows of captioned pictures by task: what a
+        sentence shows, the truth, and each model's own.
     """
     held = HeldOut(store, tokenizer, forms, config, views, seed)
     pictures, scores = shown(held, prompting.pictures), dict[str, dict[str, dict]]()
@@ -221,6 +228,8 @@ def evaluate(
             model = llama.load(folder).to(device)
             found = measure(model, held, prompting, scorers=scorers, progress=bar.update)
             scores[name] = {task: dict(entry) for task, entry in found.scores.items()}
+            for task, places in found.places.items():
+                scores[name][task] |= {"examples": found.by_number(task), "places": places}
             for task, drawn in found.drawn.items():
                 ceiling = {"ceiling": best[task]} if task in best else {}
                 scores[name][task]["pictures"] = drawn | ceiling

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,9 @@ class PromptingConfig:
     """Prompted queries a task, each a row of pictures in the report."""
     queries: int = 32
     """Prompted queries a task whose generated pictures are scored against the truth; 0: none."""
+    scores: dict[str, str] = field(default_factory=dict)
+    """How, by task, a name from `delvm.evaluate.scores.SCORES`; without one, as the task's settings say:
+    `kind_of` there. Of a folder's masks of one thing none says `foreground`, nor `edges` of its lines."""
     temperature: float = 0.0
     """0: the most likely code each time."""
     top_p: float = 1.0

@@ -385,7 +385,7 @@ def kind_of(config: TaskConfig) -> str:
     `edges`; `make: colour`: `difference`; any other `make`, the scene `deraining`, the policy `restoration`:
     `restoration`; colours that are labels (`nearest`, the scene `segmentation`, `sa1b`, other drawings of
     `coco`): `segmentation`; all else: `difference`. That a folder's masks have one foreground, or that its
-    pictures show edges, no setting says.
+    pictures show edges, `prompting.scores` says.
     """
     coco = config.draw if config.source == "coco" else ""
     if config.scene == "pose" or coco == "skeletons" or config.policy == "pose":
