@@ -314,6 +314,34 @@ def test_nested_scores_have_tables_of_their_own(report):
     assert heat["attrs"]["alt"] == "places of pose · distilled, 1.00 to 4.00"
 
 
+def _after_examples(*losses):
+    return {str(number): _metrics(loss) for number, loss in enumerate(losses)}
+
+
+def test_losses_after_examples_are_a_curve():
+    few, many = _after_examples(2.5, 2.0), _after_examples(2.5, 2.0, 1.75)
+    scores = {
+        "teacher": {"pose": {**_metrics(2), "examples": many}, "edges": {**_metrics(2), "examples": few}},
+        "student": {"pose": {**_metrics(3), "examples": _after_examples(3.5, 3.0, 2.9)}},
+    }
+    page = Page(render(Report("run", scores=scores)))
+    texts = " ".join(page.texts("span"))
+    assert "teacher, 1.750 after 2" in texts
+    assert "distilled, 2.900 after 2" in texts
+    drawn = {line["attrs"]["data-line"]: line["attrs"]["points"].split() for line in
+             page.all("polyline") if "data-line" in line["attrs"]}  # fmt: skip
+    assert {name: len(points) for name, points in drawn.items()} == {"teacher": 3, "student": 3}
+    heights = [float(point.split(",")[1]) for point in drawn["teacher"]]
+    assert heights[1] - heights[0] == pytest.approx(2 * (heights[2] - heights[1]), abs=0.3)
+    assert "edges" not in page.texts("h3")  # two numbers stand in the table
+    # two seeds: the mean, and a bar from one to the other
+    runs = [Report("run", scores={"teacher": {"pose": {**_metrics(2), "examples": _after_examples(*losses)}}})
+            for losses in ((2.5, 2.0, 1.5), (2.5, 2.2, 1.7))]  # fmt: skip
+    page = Page(render_groups("seeds", [Group("a", runs)]))
+    assert "teacher, 1.600 after 2" in " ".join(page.texts("span"))
+    assert len(page.all("line", **{"class": "range teacher"})) == 3
+
+
 def test_other_tables_are_shown_as_they_come():
     probe = {
         "models": {"student": {"ridge": {"top1": 0.338, "by_layer": {"1": 0.3, "2": 0.25}}}},

@@ -260,10 +260,14 @@ def report(
 ) -> Report:
     """The page."""
     facts = [("model", metrics["model"])]
-    judged = {name: metrics["likelihood"]} if "likelihood" in metrics else {}
-    tables = {title: metrics[key] for key, title in TABLES.items() if metrics.get(key)}
+    judged = {
+        task: entry | {key: metrics[key][task] for key in BY_TASK if task in metrics[key]}
+        for task, entry in metrics.get("likelihood", {}).items()
+    }
+    tables = {title: metrics[key] for key, title in TABLES.items() if key in metrics}
     text = recipes.to_yaml(recipe) if recipe else ""
-    return Report(f"evaluation of {name}", facts, scores=judged, pictures=rows, tables=tables, recipe=text)
+    scores = {name: judged} if judged else {}
+    return Report(f"evaluation of {name}", facts, scores=scores, pictures=rows, tables=tables, recipe=text)
 
 
 def show(name: str, metrics: dict[str, Any]) -> None:
@@ -295,10 +299,9 @@ def show(name: str, metrics: dict[str, Any]) -> None:
         console.print(f"LVM's perplexity: {entry['perplexity']:.2f}{error}, {entry['examples']} examples")
 
 
+BY_TASK = ("examples", "places", "pictures")
+"""What the page shows of a task beside its likelihood."""
 TABLES = {
-    "examples": "annotations after so many examples",
-    "places": "annotation loss by place",
-    "pictures": "pictures drawn",
     "choice": "choice by lowest perplexity",
     "lvm": "perplexity as LVM's",
 }

@@ -37,6 +37,7 @@ _BALANCE = ("samples", "views", "tokens_before", "tokens_after")
 _COMPARED = {"gain": "below scratch", "gap": "gap closed"}
 _COLOURS = 6  # that report.css has for groups
 _LONG = 30  # rows from which a table is folded
+_FEW_EXAMPLES = 3  # numbers of examples from which their losses are drawn as a curve
 
 
 @dataclass
@@ -105,6 +106,7 @@ def render_groups(title: str, groups: Sequence[Group]) -> str:
         result=_result(groups),
         pictures=_pictures(groups),
         scores=_score_tables(groups),
+        examples=_example_charts(groups),
         charts=_charts(groups),
         balance=_balance(groups),
         tokenizer=_sections(groups, lambda run: {_TOKENIZER.get(k, k): v for k, v in run.tokenizer.items()}),
@@ -373,13 +375,53 @@ def _charts(groups: Sequence[Group]) -> list[dict[str, Any]]:
         lines = [_line(name, styles[name], each, across) for name, each in curves.items() if each]
         if lines:
             drawn = chart(lines, "step", title=f"{title} loss by step".strip(), from_zero=True)
-            key = [
-                {"name": MODELS.get(line.name, line.name), "style": line.style, "step": line.points[-1][0],
-                 "value": line.points[-1][1]}
-                for line in lines
-            ]  # fmt: skip
-            charts.append({"title": MODELS.get(title, title), "svg": drawn, "key": key, "window": across})
+            found = {"title": MODELS.get(title, title), "svg": drawn, "key": _key(lines), "window": across}
+            charts.append(found)
     return charts
+
+
+def _example_charts(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Annotation loss by how many examples stand before; where those are few, the tables say it.
+
+    A chart a task with the models of one group; of several groups a chart a task and model.
+    """
+    series: dict[tuple[str, ...], dict[str, list[Curve]]] = {}
+    for group in groups:
+        for run in group.runs:
+            for model in ordered(run.scores):
+                for task, entry in run.scores[model].items():
+                    examples = entry.get("examples") if isinstance(entry, Mapping) else None
+                    by_number = losses_of({task: examples or {}})
+                    if len(by_number.get(task, ())) >= _FEW_EXAMPLES:
+                        name = (task,) if len(groups) == 1 else (task, MODELS.get(model, model))
+                        curve = [(float(number), loss) for number, loss in by_number[task].items()]
+                        of_name = series.setdefault(name, {})
+                        of_name.setdefault(model if len(groups) == 1 else group.name, []).append(curve)
+    colours = {model: model for model in MODELS} if len(groups) == 1 else _colours(groups)
+    charts = []
+    for name, curves in series.items():
+        lines = []
+        for each, of_runs in curves.items():
+            points = mean_curve(of_runs)
+            values = [dict(curve) for curve in of_runs]
+            ranges = [(x, min(v[x] for v in values), max(v[x] for v in values)) for x, _ in points]
+            lines.append(
+                Line(each, colours.get(each, "other"), points,
+                     ranges=ranges if len(of_runs) > 1 else (), dots=True)
+            )  # fmt: skip
+        title = " · ".join(name)
+        drawn = chart(lines, "examples before the query", title=f"{title}: annotation loss", from_zero=True)
+        charts.append({"title": title, "svg": drawn, "key": _key(lines)})
+    return charts
+
+
+def _key(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Names and colours of a chart's lines, and where they end."""
+    return [
+        {"name": MODELS.get(line.name, line.name), "style": line.style, "end": line.points[-1][0],
+         "value": line.points[-1][1]}
+        for line in lines
+    ]  # fmt: skip
 
 
 def _line(name: str, style: str, curves: Sequence[Curve], across: int) -> Line:

@@ -1,0 +1,98 @@
+"""Probes of several seeds -> accuracy by model, and how far each is from the control.
+
+    python tools/compare_probes.py runs/probe-20 runs/probe-21 runs/probe-22 runs/probe-23
+
+A run each seed, of a recipe with `probe:`, with the same models. Differences are taken within a seed, whose
+models share tokenizer and pictures. One is said to be shown where it is farther from zero than two standard
+errors of its mean over the seeds.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from delvm.console import table
+from delvm.errors import UserError, exit_status
+from delvm.evaluate.runs import read
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model by one classifier."""
+
+    classifier: str
+    model: str
+    top1: list[float]
+    """By seed."""
+    beyond: list[float]
+    """The same less the control's."""
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean difference; NaN of a single seed."""
+        if len(self.beyond) < 2:
+            return math.nan
+        return float(np.std(self.beyond, ddof=1) / math.sqrt(len(self.beyond)))
+
+    @property
+    def shown(self) -> bool:
+        """Whether the difference is beyond two standard errors."""
+        return abs(float(np.mean(self.beyond))) > 2 * self.error
+
+
+def compare(folders: Sequence[Path], against: str) -> list[Row]:
+    """A row for every classifier and model that all runs have.
+
+    Raises:
+        UserError: a folder without a probe, or without the control.
+    """
+    probes = []
+    for folder in folders:
+        models: dict[str, Any] = read(folder)[1].get("probe", {}).get("models", {})
+        if against not in models:
+            choices = ", ".join(models) or "no probe"
+            raise UserError(f"{folder}: probe has no '{against}' to compare with; it has: {choices}")
+        probes.append(models)
+    rows = []
+    for kind in probes[0][against]:
+        for model in probes[0]:
+            if all(kind in probe.get(model, {}) and kind in probe[against] for probe in probes):
+                top1 = [probe[model][kind]["top1"] for probe in probes]
+                control = [probe[against][kind]["top1"] for probe in probes]
+                rows.append(Row(kind, model, top1, [a - b for a, b in zip(top1, control, strict=True)]))
+    return rows
+
+
+def show(rows: Sequence[Row], against: str) -> None:
+    """The table."""
+    lines = []
+    for row in rows:
+        low, high = min(row.top1), max(row.top1)
+        beyond = "" if row.model == against else f"{np.mean(row.beyond):+.4f}"
+        if beyond and not math.isnan(row.error):
+            beyond += f" ± {row.error:.4f}" + (", shown" if row.shown else "")
+        lines.append([row.classifier, row.model, f"{np.mean(row.top1):.4f}", f"{low:.4f}-{high:.4f}", beyond])
+    columns = ["classifier", "model", "mean", "range", f"beyond {against}"]
+    table(f"top-1 over {len(rows[0].top1)} seeds", columns, lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run folders in, a table out. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python tools/compare_probes.py", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run with a probe")
+    parser.add_argument("--against", default="scratch", metavar="MODEL", help="default: scratch")
+    options = parser.parse_args(arguments)
+    return exit_status(lambda: show(compare(options.runs, options.against), options.against))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
