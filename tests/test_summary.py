@@ -65,6 +65,8 @@ def test_the_numbers_of_a_run(finished):
     def numbers(tree):
         if isinstance(tree, dict):
             return all(map(numbers, tree.values()))
+        if isinstance(tree, list):  # losses by place
+            return all(map(numbers, tree))
         return isinstance(tree, int | float) and not isinstance(tree, bool)
 
     assert numbers(metrics)

@@ -33,6 +33,11 @@ _TOKENIZER = {
     "codes_used": "codes in use",
     "codebook_perplexity": "code perplexity",
 }
+_TOPICS = {
+    "examples": "annotations after so many examples",
+    "pictures": "pictures drawn",
+    "places": "annotation loss by place in the picture",
+}
 _BALANCE = ("samples", "views", "tokens_before", "tokens_after")
 _COMPARED = {"gain": "below scratch", "gap": "gap closed"}
 _COLOURS = 6  # that report.css has for groups
@@ -177,7 +182,7 @@ def _view(
     texts = [all(row[place]["sort"] is None for row in cells.values()) for place in range(len(keys))]
     return {
         "spans": [],
-        "topic": " · ".join(key.replace("_", " ") for key in table.topic),
+        "topic": " · ".join(_TOPICS.get(key, key.replace("_", " ")) for key in table.topic),
         "labels": kinds,
         "keys": keys,
         "headers": [
