@@ -128,6 +128,12 @@ def test_scores_are_those_of_the_saved_models_on_held_out_sentences(metrics, run
         for task in TASKS:
             found = dict(metrics["evaluate"][role][task])
             assert set(found.pop("pictures")) == {"truth", "reconstruction", "ceiling"}
+            after, places = found.pop("examples"), np.array(found.pop("places"))
+            assert list(after) == ["0", "1"]
+            losses = [entry["loss"] for entry in after.values()]
+            assert np.mean(losses) == pytest.approx(expected[task]["annotation_loss"], rel=1e-5)
+            assert places.shape == (4, 4)
+            assert places.mean() == pytest.approx(expected[task]["annotation_loss"], rel=1e-5)
             assert found == pytest.approx(expected[task], rel=1e-5)
             assert set(expected[task]) >= {"loss", "accuracy", "perplexity", "annotation_loss"}
 
