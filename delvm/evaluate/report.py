@@ -398,7 +398,9 @@ def _example_charts(groups: Sequence[Group]) -> list[dict[str, Any]]:
                     examples = entry.get("examples") if isinstance(entry, Mapping) else None
                     by_number = losses_of({task: examples or {}})
                     if len(by_number.get(task, ())) >= _FEW_EXAMPLES:
-                        name = (task,) if len(groups) == 1 else (task, MODELS.get(model, model))
+                        name: tuple[str, ...] = (task,)
+                        if len(groups) > 1:
+                            name = (task, MODELS.get(model, model))
                         curve = [(float(number), loss) for number, loss in by_number[task].items()]
                         of_name = series.setdefault(name, {})
                         of_name.setdefault(model if len(groups) == 1 else group.name, []).append(curve)
