@@ -390,7 +390,7 @@ def _example_charts(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
     A chart a task with the models of one group; of several groups a chart a task and model.
     """
-    series: dict[tuple[str, ...], dict[str, list[Curve]]] = {}
+    series: dict[str, dict[str, list[Curve]]] = {}
     for group in groups:
         for run in group.runs:
             for model in ordered(run.scores):
@@ -402,11 +402,11 @@ def _example_charts(groups: Sequence[Group]) -> list[dict[str, Any]]:
                         if len(groups) > 1:
                             name = (task, MODELS.get(model, model))
                         curve = [(float(number), loss) for number, loss in by_number[task].items()]
-                        of_name = series.setdefault(name, {})
+                        of_name = series.setdefault(" · ".join(name), {})
                         of_name.setdefault(model if len(groups) == 1 else group.name, []).append(curve)
     colours = {model: model for model in MODELS} if len(groups) == 1 else _colours(groups)
     charts = []
-    for name, curves in series.items():
+    for title, curves in series.items():
         lines = []
         for each, of_runs in curves.items():
             points = mean_curve(of_runs)
@@ -416,7 +416,6 @@ def _example_charts(groups: Sequence[Group]) -> list[dict[str, Any]]:
                 Line(each, colours.get(each, "other"), points,
                      ranges=ranges if len(of_runs) > 1 else (), dots=True)
             )  # fmt: skip
-        title = " · ".join(name)
         drawn = chart(lines, "examples before the query", title=f"{title}: annotation loss", from_zero=True)
         charts.append({"title": title, "svg": drawn, "key": _key(lines)})
     return charts
