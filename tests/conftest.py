@@ -32,6 +32,12 @@ trainer: {{log_every: 2, checkpoint_every: 3, accelerator: cpu}}
 """
 
 
+def pytest_configure() -> None:
+    """Let Ctrl-C reach what tests start: a shell has its background jobs, and their children, ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Name and end processes that tests have left: the program's own end would wait for them, for ever."""
     # a loader's workers are daemons, which Python ends; a traceback may keep them until then
