@@ -11,7 +11,7 @@ import sys
 
 from delvm import ranks
 
-PATIENCE = 300
+PATIENCE = 900
 """Seconds until a process is said to hang: many, since others may keep the machine busy."""
 
 
