@@ -12,6 +12,7 @@ Nothing of a folder is run: its pickles are read by unpicklers that know tensors
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -296,7 +297,9 @@ def _read_internlm_config(file: Path) -> dict[str, Any]:
 def _load_pickle(file: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save has written, mapped into memory."""
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read is said below
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
         raise _unreadable(file, error) from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import json
 import os
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -695,3 +696,19 @@ def test_a_published_teacher_distils(finished, tmp_path, monkeypatch, kind):
     assert student.config.vocab_size == teacher.config.vocab_size
     curve = json.loads((run / "student" / "curve.json").read_text())
     assert all(0 < point["kd"] < 100 for point in curve)
+
+
+def test_a_bare_pickle_is_refused_without_a_warning_and_not_run(lvm, tmp_path, recwarn):
+    to_bin(lvm)
+    (lvm / "pytorch_model.bin.index.json").unlink()
+    ran = tmp_path / "ran"
+
+    class Foreign:
+        def __reduce__(self):
+            return ran.touch, ()
+
+    (lvm / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Foreign()}, protocol=4))
+    with pytest.raises(UserError, match=r"^[^\n]*the model cannot be read: pytorch_model\.bin: [^\n]*$"):
+        llama.load(lvm)
+    assert not ran.exists()
+    assert not [warning for warning in recwarn if "pickle" in str(warning.message)]
