@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import lmdb
@@ -29,6 +30,8 @@ SIZES = {  # of the paper's recipes: teacher and student
     "pretrain_1b": ("1b", None),
     "distill_1b_to_300m": ("1b", "300m"),
     "distill_1b_to_80m": ("1b", "80m"),
+    "distill_1b_to_300m_paper": ("1b", "300m"),
+    "distill_1b_to_80m_paper": ("1b", "80m"),
 }
 PUBLISHED = ["distill_delvm1b_to_80m", "distill_lvm7b_to_300m"]  # of published teachers
 PARAMETERS = {"80m": "83,429,888", "300m": "299,504,640", "1b": "1,164,191,744"}
@@ -187,6 +190,10 @@ def test_they_have_the_papers_settings(name, sizes, given):
         assert (student.ce_weight, student.kd_weight, student.temperature) == (1, 1, 1)
         assert (student.ce_weight_end, student.kd_weight_end) == (None, None)
         assert (student.divergence, student.kd_on) == ("forward_kl", "all")
+        paper = name.endswith("_paper")
+        assert (student.start, student.embedding) == (
+            ("random", "codebook") if paper else ("slice", "learned")
+        )
         assert load(RECIPES / f"{name}.yaml", [*given, "cache.kind=topk"]).cache.kind == "topk"
     assert 128 % (8 * recipe.trainer.accumulate) == 0  # eight GPUs, as the launch line says
 
@@ -244,6 +251,28 @@ def test_a_dry_run_in_one_process_says_what_that_takes(given, capsys):
     assert "pose" not in said
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("quickstart", {"start", "learning_rate"}),
+        ("distill_1b_to_300m", {"start", "init", "embedding"}),
+        ("distill_1b_to_80m", {"start", "init", "embedding"}),
+    ],
+)
+def test_the_papers_own_student_is_a_named_control(name, changed, given):
+    ours, paper = (
+        vars(load(RECIPES / f"{stem}.yaml", given if name != "quickstart" else []))
+        for stem in (name, f"{name}_paper")
+    )
+    assert {key for key in ours if ours[key] != paper[key]} == {
+        "name",
+        "student",
+        *({"run_dir"} if name == "quickstart" else ()),
+    }
+    ours, paper = vars(ours["student"]), vars(paper["student"])
+    assert {key for key in ours if ours[key] != paper[key]} == changed
+
+
 # --- published teachers
 
 
@@ -273,7 +302,11 @@ def test_a_published_teacher_distils_by_its_recipe(
     name, teacher, ids, positions, given, tmp_path, monkeypatch
 ):
     run, folder = tmp_path / "run", teacher(tmp_path / "teacher", monkeypatch)
-    small = ["student.size=micro", "student.steps=2", "student.batch_size=1", "trainer.accumulate=1",
+    # what is cut from these teachers, with the rest of the recipe's own size
+    size = load(RECIPES / f"{name}.yaml", [*given, f"teacher.folder={folder}"]).student.size
+    tiny = replace(llama.SIZES[size], hidden=16, intermediate=32, layers=1, heads=2)
+    monkeypatch.setitem(llama.SIZES, "cut", tiny)
+    small = ["student.size=cut", "student.steps=2", "student.batch_size=1", "trainer.accumulate=1",
              "trainer.num_workers=0", "sentences.validation=1", "prompting.pictures=1", "prompting.queries=0",
              "tasks.pose=null", "tasks.segmentation=null"]  # fmt: skip
     overrides = [*given, f"run_dir={run}", f"teacher.folder={folder}", "trainer.accelerator=cpu", *small]
