@@ -1,6 +1,7 @@
 """The scripts beside the package: what they decide and what they draw."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -11,7 +12,16 @@ from PIL import Image
 
 from delvm import fit
 from delvm.tokens.balance import STRATEGIES
-from tools import check_store, claims, compare_balance, compare_distill, picture, plan_balance, show_augment
+from tools import (
+    check_store,
+    claims,
+    compare_balance,
+    compare_distill,
+    compare_steps,
+    picture,
+    plan_balance,
+    show_augment,
+)
 
 TASKS = ["segmentation", "deraining", "pose"]
 
@@ -238,6 +248,59 @@ def test_the_gap_that_an_arm_closes():
     entry = {"scratch": {"a": 3.0}, "teacher": {"a": 2.0}, "good": {"a": 2.25}, "better": {"a": 1.9}}
     found = [compare_distill.gap_closed(entry, arm, "a") for arm in ("scratch", "good", "teacher", "better")]
     assert found == pytest.approx([0.0, 0.75, 1.0, 1.1])
+
+
+def test_steps_are_read_off_a_curve_between_its_lengths():
+    curve = {100: 3.0, 400: 2.0, 1600: 1.5}
+    assert compare_steps.steps_to(2.5, curve) == pytest.approx(200)  # half way down, half way in log steps
+    assert compare_steps.steps_to(2.0, curve) == pytest.approx(400)
+    assert compare_steps.steps_to(1.75, curve) == pytest.approx(800)
+    assert compare_steps.steps_to(3.0, curve) == 0
+    assert compare_steps.steps_to(1.4, curve) == math.inf
+    said = [compare_steps.bounded(x, [100, 400, 1600], ".1f", 1 / 200) for x in (0, 300, math.inf)]
+    assert said == ["<0.5", "1.5", ">8.0"]
+
+
+def test_a_teacher_is_paid_back_by_so_many_students():
+    assert compare_steps.pays_from(teacher=10, student=1, scratch=4) == 4  # three save 9, four save 12
+    assert compare_steps.pays_from(teacher=9, student=1, scratch=4) == 4  # three only break even
+    assert compare_steps.pays_from(teacher=2, student=1, scratch=4) == 1
+    assert compare_steps.pays_from(teacher=2, student=4, scratch=4) == math.inf
+
+
+def test_the_comparison_of_lengths(micro, tmp_path, monkeypatch, capsys):
+    where = f"run_dir={tmp_path / 'run'}"
+    arms = ["--steps", "6", "3", "--arms", "scratch", "slice, labels alone"]
+    assert run_tool(compare_steps, monkeypatch, micro, where, "--seeds", "3", *arms) == 2
+    assert "has no rate for scratch, 3 steps; run --tune first" in capsys.readouterr().err
+    assert run_tool(compare_steps, monkeypatch, micro, where, "--tune", *arms[:-1], "slice") == 2
+    assert "has no weight for slice; run tools.compare_distill --tune first" in capsys.readouterr().err
+    assert run_tool(compare_steps, monkeypatch, micro, where, "--tune", *arms) == 0
+    rates = json.loads((tmp_path / "run" / "steps-tuned.json").read_text())
+    assert list(rates) == [
+        f"{arm}, {steps} steps" for arm in ("scratch", "slice, labels alone") for steps in (3, 6)
+    ]
+    capsys.readouterr()
+    picture = tmp_path / "steps.svg"
+    assert run_tool(compare_steps, monkeypatch, micro, where, "--seeds", "3", *arms, "--out", picture) == 0
+    said = capsys.readouterr().out
+    written = json.loads((tmp_path / "run" / "steps.json").read_text())
+    losses, operations = written["losses"]["3"], written["operations"]
+    assert operations["6"]["scratch"] == 2 * operations["3"]["scratch"]
+    for steps in ("3", "6"):
+        loss = losses[steps]["scratch"]["pose"]
+        line = f"| scratch | {steps} | {rates[f'scratch, {steps} steps']:g} |"
+        [found] = [row for row in said.splitlines() if row.startswith(line)]
+        assert f"{loss:.3f} ({loss:.3f}-{loss:.3f})" in found
+        assert "| 0% (0%) |" in found
+    # with its rate, an arm at the recipe's own steps is that of the other comparison
+    rate = rates["scratch, 6 steps"]
+    seed = compare_distill.Seed(micro, [where], 3)
+    assert seed.loss("scratch", compare_distill.WEIGHT, rate) == losses["6"]["scratch"]
+    drawn = picture.read_text()
+    assert drawn.startswith("<svg ")
+    assert drawn.count('class="smooth') >= 3
+    assert all(f">{name}</text>" in drawn for name in ("scratch", "slice, labels alone", "teacher"))
 
 
 def test_the_table_tells_what_is_closed_in_the_mean_and_at_least(capsys):
