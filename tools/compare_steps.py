@@ -1,7 +1,8 @@
 """What a start is worth in steps and in compute: one student's held-out loss by the length of its training.
 
-    python -m tools.compare_steps recipes/claims.yaml --tune [--steps 100 200 400 800 1600]
+    python -m tools.compare_steps recipes/claims.yaml --tune
     python -m tools.compare_steps recipes/claims.yaml --seeds 10 11 12 --out steps.svg
+    python -m tools.compare_steps recipes/claims.yaml ... --steps 100 200 --scratch-steps 200 400 800
 
 Every training has its own schedule over its own length. The weight of the teacher's term is the one that
 `compare_distill --tune` found at the recipe's own steps; --tune brackets the learning rate of every arm at
@@ -28,7 +29,7 @@ from delvm.errors import UserError
 from delvm.evaluate.charts import Line, chart
 from delvm.stages import write_atomic
 from delvm.training import Interrupted, NotFinite
-from tools.compare_distill import ARMS, TUNED_AS, TUNING_SEED, WEIGHT, Seed, bracket, gap_closed, tuned_key
+from tools.compare_distill import ARMS, TUNED_AS, TUNING_SEED, WEIGHT, Seed, bracket, tuned_key
 
 LENGTHS = [100, 200, 400, 800, 1600]
 SHOWN = ["scratch", "forward_kl", "slice", "slice, labels alone"]
@@ -62,13 +63,13 @@ def pays_from(teacher: float, student: float, scratch: float) -> float:
     return math.floor(teacher / (scratch - student)) + 1 if scratch > student else math.inf
 
 
-def tune(given: tuple[Path, list[str]], lengths: Sequence[int], arms: list[str], file: Path) -> None:
+def tune(given: tuple[Path, list[str]], lengths: dict[str, list[int]], file: Path) -> None:
     """Write down the best rate of every arm at every length; the next length starts from there."""
     chosen = json.loads(file.read_text()) if file.exists() else {}
-    weights = weights_of(*given, arms)
-    for arm in arms:
+    weights = weights_of(*given, list(lengths))
+    for arm in lengths:
         rate = 5e-3
-        for length in lengths:
+        for length in lengths[arm]:
             key = rate_key(arm, length)
             if key not in chosen:
                 seed = Seed(given[0], [*given[1], f"student.steps={length}"], TUNING_SEED)
@@ -112,21 +113,18 @@ def weights_of(recipe_file: Path, overrides: list[str], arms: list[str]) -> dict
 
 
 def measure(
-    given: tuple[Path, list[str]],
-    lengths: Sequence[int],
-    arms: list[str],
-    rates: dict[str, float],
-    number: int,
+    given: tuple[Path, list[str]], lengths: dict[str, list[int]], rates: dict[str, float], number: int
 ) -> tuple[Losses, dict[int, dict[str, float]]]:
     """Losses, and operations by steps and arm, of one seed; both have the teacher's at 0."""
     losses: Losses = {}
     operations: dict[int, dict[str, float]] = {}
-    weights = weights_of(*given, arms)
-    for length in lengths:
+    weights = weights_of(*given, list(lengths))
+    for length in sorted({length for own in lengths.values() for length in own}):
         seed = Seed(given[0], [*given[1], f"student.steps={length}"], number)
         if 0 not in losses:
             losses[0] = {"teacher": seed.teacher_loss()}
             operations[0] = {"teacher": seed.operations("teacher")}
+        arms = [arm for arm, own in lengths.items() if length in own]
         losses[length] = {arm: seed.loss(arm, weights[arm], rates[rate_key(arm, length)]) for arm in arms}
         operations[length] = {arm: seed.operations(arm) for arm in arms}
     return losses, operations
@@ -142,38 +140,40 @@ def report(
 ) -> None:
     """Print both tables as Markdown."""
     first = next(iter(seeds.values()))
-    lengths = [length for length in first if length]
-    arms = list(first[lengths[0]])
     tasks = list(first[0]["teacher"])
-    heads = ["arm", "steps", "rate", *tasks, "mean of tasks", "gap closed, mean (least of a task and seed)"]
+    heads = ["arm", "steps", "rate", *tasks, "mean of tasks"]
     print(f"held-out loss in nats, mean (range) of {len(seeds)} seeds\n")
     print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
-    print(row(["teacher", "", ""], [losses[0]["teacher"] for losses in seeds.values()], []))
-    for arm in arms:
-        for length in lengths:
+    print(row(["teacher", "", ""], [losses[0]["teacher"] for losses in seeds.values()]))
+    lengths = lengths_in(first)
+    for arm, own in lengths.items():
+        for length in own:
             entries = [losses[length][arm] for losses in seeds.values()]
-            closed = []
-            if "scratch" in arms:
-                both = [{**losses[0], **losses[length]} for losses in seeds.values()]
-                closed = [gap_closed(entry, arm, task) for entry in both for task in tasks]
-            print(row([arm, str(length), f"{rates[rate_key(arm, length)]:g}"], entries, closed))
-    if "scratch" not in arms:
+            print(row([arm, str(length), f"{rates[rate_key(arm, length)]:g}"], entries))
+    if "scratch" not in lengths:
         return
     print("\nsteps of scratch to the same mean loss, and students from which on the teacher is paid back\n")
     print("| arm | steps | scratch takes, by seed | times | pays from |\n|---|---|---|---|---|")
-    curves = {n: {k: mean_of(losses[k]["scratch"]) for k in lengths} for n, losses in seeds.items()}
-    for arm in arms:
-        for length in lengths if arm != "scratch" else []:
+    known = lengths.pop("scratch")
+    curves = {n: {k: mean_of(losses[k]["scratch"]) for k in known} for n, losses in seeds.items()}
+    per_step, teacher = operations[known[0]]["scratch"] / known[0], operations[0]["teacher"]
+    for arm, own in lengths.items():
+        for length in own:
             needed = [steps_to(mean_of(losses[length][arm]), curves[n]) for n, losses in seeds.items()]
-            per_step = operations[length]["scratch"] / length
             cost = operations[length][arm]
-            pays = [pays_from(operations[0]["teacher"], cost, steps * per_step) for steps in needed]
-            said = [", ".join(bounded(x, lengths, ".0f") for x in needed)]
-            said.append(", ".join(bounded(x, lengths, ".1f", 1 / length) for x in needed))
-            said.append(", ".join(payback(p, x, lengths) for p, x in zip(pays, needed, strict=True)))
-            print(f"| {arm} | {length} | {' | '.join(said)} |")
-    teacher, per = operations[0]["teacher"], operations[lengths[-1]]["scratch"] / lengths[-1]
-    print(f"\nthe teacher's training: as many operations as {teacher / per:,.0f} steps of scratch")
+            pays = [payback(pays_from(teacher, cost, x * per_step), x) for x in needed]
+            steps, times = (
+                ", ".join(bounded(x, known, form, scale) for x in needed)
+                for form, scale in ((".0f", 1.0), (".1f", 1 / length))
+            )
+            print(f"| {arm} | {length} | {steps} | {times} | {', '.join(pays)} |")
+    print(f"\nthe teacher's training: as many operations as {teacher / per_step:,.0f} steps of scratch")
+
+
+def lengths_in(losses: Losses) -> dict[str, list[int]]:
+    """Arm -> the lengths that it was trained for, ascending."""
+    arms = dict.fromkeys(arm for length, entry in losses.items() if length for arm in entry)
+    return {arm: [length for length in sorted(losses) if length and arm in losses[length]] for arm in arms}
 
 
 def bounded(value: float, lengths: Sequence[int], form: str, scale: float = 1.0) -> str:
@@ -183,35 +183,33 @@ def bounded(value: float, lengths: Sequence[int], form: str, scale: float = 1.0)
     return f">{lengths[-1] * scale:{form}}" if value == math.inf else f"{value * scale:{form}}"
 
 
-def payback(students: float, needed: float, lengths: Sequence[int]) -> str:
+def payback(students: float, needed: float) -> str:
     """A number of students; where scratch never gets there, one is enough."""
     if needed == math.inf:
         return "1"
     return "never" if students == math.inf else f"{students:.0f}"
 
 
-def row(cells: list[str], entries: list[dict[str, float]], closed: list[float]) -> str:
+def row(cells: list[str], entries: list[dict[str, float]]) -> str:
     """One line of the first table."""
     columns = [[entry[task] for entry in entries] for task in entries[0]]
     columns.append([mean_of(entry) for entry in entries])
     cells += [f"{statistics.mean(c):.3f} ({min(c):.3f}-{max(c):.3f})" for c in columns]
-    closed = [share + 0.0 for share in closed]  # no -0%
-    cells.append(f"{statistics.mean(closed):.0%} ({min(closed):.0%})" if closed else "")
     return f"| {' | '.join(cells)} |"
 
 
 def draw(seeds: dict[int, Losses]) -> str:
     """The SVG: the mean loss of the tasks by steps, an arm a line, bars from seed to seed."""
-    first = next(iter(seeds.values()))
-    lengths = [length for length in first if length]
+    lengths = lengths_in(next(iter(seeds.values())))
     lines = []
-    for number, arm in enumerate(first[lengths[0]]):
-        values = {k: [mean_of(losses[k][arm]) for losses in seeds.values()] for k in lengths}
-        means = [(float(k), statistics.mean(v)) for k, v in values.items()]
-        ranges = [(float(k), min(v), max(v)) for k, v in values.items()]
+    for number, (arm, own) in enumerate(lengths.items()):
+        values = {float(k): [mean_of(losses[k][arm]) for losses in seeds.values()] for k in own}
+        means = [(k, statistics.mean(v)) for k, v in values.items()]
+        ranges = [(k, min(v), max(v)) for k, v in values.items()]
         lines.append(Line(arm, f"c{number}", means, ranges=ranges, dots=True))
     teacher = statistics.mean(mean_of(losses[0]["teacher"]) for losses in seeds.values())
-    lines.append(Line("teacher", "teacher", [(float(k), teacher) for k in (lengths[0], lengths[-1])]))
+    ends = [end(own) for end in (min, max) for own in lengths.values()]
+    lines.append(Line("teacher", "teacher", [(float(k), teacher) for k in (min(ends), max(ends))]))
     svg = chart(lines, "steps", "loss (nats)", log_x=True, width=640, height=380)
     names = [line.name for line in lines]
     key = "".join(
@@ -235,6 +233,7 @@ def main() -> int:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--scratch-steps", type=int, nargs="+", help="scratch's own; default: the same")
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=SHOWN, metavar="ARM")
     parser.add_argument(
@@ -242,21 +241,24 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="SVG of loss by steps")
     options = parser.parse_intermixed_args()
-    given, lengths = (options.recipe, options.overrides), sorted(options.steps)
+    given = options.recipe, options.overrides
+    lengths = {arm: sorted(options.steps) for arm in options.arms}
+    if "scratch" in lengths and options.scratch_steps:
+        lengths["scratch"] = sorted(options.scratch_steps)
     try:
         root = Path(recipes.load(*given).run_dir)
         file = root / "steps-tuned.json"
         if options.tune:
-            tune(given, lengths, options.arms, file)
+            tune(given, lengths, file)
             return 0
         rates = json.loads(file.read_text()) if file.exists() else {}
-        wanted = [rate_key(arm, length) for arm in options.arms for length in lengths]
+        wanted = [rate_key(arm, length) for arm, own in lengths.items() for length in own]
         if missing := [key for key in wanted if key not in rates]:
             raise UserError(f"{file}: has no rate for {missing[0]}; run --tune first")
         seeds: dict[int, Losses] = {}
         operations: dict[int, dict[str, float]] = {}
         for number in options.seeds:
-            seeds[number], operations = measure(given, lengths, options.arms, rates, number)
+            seeds[number], operations = measure(given, lengths, rates, number)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
