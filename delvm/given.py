@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from delvm import llama, ranks
 from delvm.distill.cache import weights_hash
-from delvm.distill.slice import check, check_ends
+from delvm.distill.sliceable import check, check_ends
 from delvm.errors import UserError
 from delvm.evaluate.features import Listing
 from delvm.evaluate.probe import list_splits

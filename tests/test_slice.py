@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 
 from delvm import llama
 from delvm.distill import slice as slicing
-from delvm.distill.slice import check, choose_layers, slice_embedding, slice_student
+from delvm.distill.layers import LAYERS
+from delvm.distill.slice import slice_embedding, slice_student
 from delvm.distill.teacher import cast
 from delvm.errors import UserError
 
@@ -63,10 +64,6 @@ def loss_of(model, sentences):
     return F.cross_entropy(logits.flatten(0, 1), sentences[:, 1:].flatten()).item()
 
 
-def loss_over(teacher, layers, sentences):
-    return slicing._loss(teacher, layers, slicing._Rows(sentences, None))
-
-
 configurations = st.fixed_dictionaries(
     {
         "hidden_size": st.sampled_from([8, 12, 24]),
@@ -98,7 +95,7 @@ def test_own_configuration_gives_the_logits_back(shape, shared, refit, seed):
     shape=configurations,
     shared=st.sampled_from([1, 2]),
     refit=st.booleans(),
-    how=st.sampled_from(slicing.LAYERS),
+    how=st.sampled_from(LAYERS),
 )
 def test_any_smaller_student_is_a_plain_model_that_trains(shape, shared, refit, how):
     shape["num_attention_heads"] = shape["num_key_value_heads"] * shared
@@ -148,26 +145,6 @@ def test_the_same_to_the_bit_and_nothing_around_is_touched(bias):
     assert teacher.training
     assert teacher.config.num_hidden_layers == 3
     assert all(parameter.requires_grad and parameter.grad is None for parameter in teacher.parameters())
-
-
-def test_a_part_holds_the_teachers_own_weights():
-    teacher = drawn(configured())
-    part = slicing._part(teacher, list(teacher.model.layers[1:]))
-    assert {p.data_ptr() for p in part.parameters()} < {p.data_ptr() for p in teacher.parameters()}
-    assert not any(parameter.is_meta for parameter in part.parameters())
-
-
-def test_a_part_is_the_model_it_says():
-    teacher, batch = drawn(configured(attn_implementation="eager")), sentences_of()
-    shallow = drawn(configured(num_hidden_layers=2, attn_implementation="eager"))
-    state = {
-        k.replace("layers.2", "layers.1"): v for k, v in teacher.state_dict().items() if "layers.1" not in k
-    }
-    shallow.load_state_dict(state)
-    part = slicing._part(teacher, [teacher.model.layers[0], teacher.model.layers[2]])
-    assert torch.equal(part(batch).last_hidden_state, shallow.model(batch).last_hidden_state)
-    expected = loss_of(shallow, batch) * batch[:, 1:].numel()
-    assert loss_over(teacher, [0, 2], batch) == pytest.approx(expected, rel=1e-5)
 
 
 # What is kept
@@ -230,24 +207,6 @@ def test_silent_heads_groups_channels_and_pairs_go():
     student = slice_student(teacher, config, sentences_of(20), refit=False).eval()
     batch = sentences_of(seed=7)
     torch.testing.assert_close(student(batch).logits, teacher(batch).logits, atol=1e-4, rtol=1e-4)
-
-
-def test_layers_evenly_or_by_what_their_loss_costs():
-    teacher, sentences = drawn(configured(num_hidden_layers=5)), sentences_of()
-    assert choose_layers(teacher, 5, sentences, "even") == [0, 1, 2, 3, 4]
-    assert choose_layers(teacher, 3, sentences, "even") == [0, 2, 4]
-    assert choose_layers(teacher, 1, sentences, "even") == [0]
-    with torch.no_grad():
-        for number in (0, 3):  # these add nothing: without them the loss is what it was
-            teacher.model.layers[number].self_attn.o_proj.weight.zero_()
-            teacher.model.layers[number].mlp.down_proj.weight.zero_()
-    without = {
-        place: slicing._loss(teacher, [n for n in range(5) if n != place], slicing._Rows(sentences, None))
-        for place in range(5)
-    }
-    best = min(without, key=without.get)
-    assert best not in choose_layers(teacher, 4, sentences, "greedy")
-    assert without[0] == without[3] == loss_over(teacher, list(range(5)), sentences)
 
 
 # What it is worth
@@ -377,68 +336,6 @@ def test_an_embedding_fits_students_of_other_heads_and_more_layers():
         slice_embedding(drawn(configured()), narrowed(hidden_size=32), sentences_of(), 0)
 
 
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("teacher", "student", "message"),
-    [
-        ({}, {"hidden_size": 32}, "hidden_size: 32 is more than the teacher has; at most 24"),
-        ({}, {"intermediate_size": 41}, "intermediate_size: 41 is more than the teacher has; at most 40"),
-        ({}, {"num_hidden_layers": 4}, "num_hidden_layers: 4 is more than the teacher has; at most 3"),
-        ({}, {"num_attention_heads": 8}, "num_attention_heads: 8 is more than the teacher has; at most 4"),
-        ({}, {"num_key_value_heads": 4}, "num_key_value_heads: 4 is more than the teacher has; at most 2"),
-        (
-            {},
-            {"num_key_value_heads": 1},
-            "num_key_value_heads: 1 would serve 4 heads each, the teacher's serve 2; at least 2",
-        ),
-        ({}, {"head_dim": 6}, "head_dim: 6 must divide the teacher's, 8"),
-        ({}, {"head_dim": 16}, "head_dim: 16 must divide the teacher's, 8"),
-        ({}, {"vocab_size": 25}, "vocab_size: 25 must be the teacher's, 24"),
-        ({}, {"hidden_act": "gelu"}, "hidden_act: 'gelu' must be the teacher's, 'silu'"),
-        ({"attention_bias": True}, {}, "attention_bias: false would drop the teacher's biases; must be true"),
-        ({"mlp_bias": True}, {}, "mlp_bias: false would drop the teacher's biases; must be true"),
-        (
-            {},
-            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
-            "rope_parameters: .*500000.* must turn heads as the teacher's do, .*10000",
-        ),
-    ],
-)
-def test_what_cannot_be_cut_is_refused_in_one_line(teacher, student, message):
-    config = smaller(llama.initialise(configured(), seed=0), **student)
-    with pytest.raises(UserError, match=f"^{message}") as error:
-        check(configured(**teacher), config)
-    assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=f"^{message}"):
-        slice_student(drawn(configured(**teacher)), config, sentences_of())
-
-
-@pytest.mark.parametrize(
-    ("sentences", "message"),
-    [
-        (torch.zeros(4, dtype=torch.int64), r"sentences: \(4,\) torch.int64, must be \(num, length\) int64"),
-        (torch.zeros(4, 4), r"sentences: \(4, 4\) torch.float32"),
-        (torch.zeros(0, 4, dtype=torch.int64), r"sentences: \(0, 4\)"),
-        (torch.zeros(4, 1, dtype=torch.int64), r"sentences: \(4, 1\)"),
-        (torch.full((4, 4), CODES), r"sentences: ids must lie in 0\.\.23"),
-        (torch.full((4, 4), -1), r"sentences: ids must lie in 0\.\.23"),
-    ],
-)
-def test_impossible_sentences(sentences, message):
-    teacher = drawn(configured())
-    with pytest.raises(UserError, match=message):
-        slice_student(teacher, narrowed(num_attention_heads=2), sentences)
-    with pytest.raises(UserError, match=message):
-        slice_embedding(teacher, narrowed(num_attention_heads=2), sentences, 0)
-
-
-def test_an_unknown_way_to_choose_layers():
-    with pytest.raises(ValueError, match="layers: 'best' is unknown; choices: greedy, even"):
-        slice_student(drawn(configured()), configured(), sentences_of(), layers="best")
-
-
 # What it takes
 
 
@@ -476,7 +373,7 @@ def test_the_refit_works_layer_by_layer():
     assert peaks[1] < 1.2 * peaks[0]
 
 
-@pytest.mark.parametrize("how", slicing.LAYERS)
+@pytest.mark.parametrize("how", LAYERS)
 def test_packed_rows_are_read_sentence_by_sentence(how):
     teacher = drawn(configured(num_hidden_layers=4)).double()  # or the refit would make much of rounding
     config = configured(hidden_size=12, intermediate_size=20, num_hidden_layers=2)

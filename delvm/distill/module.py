@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 from delvm.distill.agreement import agreement, by_group, sparse_agreement
 from delvm.distill.divergences import DIVERGENCES, Divergence, make_divergence
 from delvm.distill.fused import fused_cross_entropy, fused_kd_loss, fused_sparse_kd_loss
+from delvm.distill.layers import LAYERS
 from delvm.distill.on_policy import (
     OnPolicyConfig,
     confidence,
@@ -18,7 +19,6 @@ from delvm.distill.on_policy import (
     last_picture,
     on_policy_step,
 )
-from delvm.distill.slice import LAYERS
 from delvm.distill.teacher import PRECISIONS, Hidden, Live, Signal, serves
 from delvm.errors import UserError
 from delvm.pretrain import IGNORED, Pretrain, PretrainConfig, Step, forward_flops
