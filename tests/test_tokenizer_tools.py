@@ -113,6 +113,28 @@ def test_the_reconstructions_of_a_run(photos, tmp_path, monkeypatch):
             np.testing.assert_array_equal(square, values[place])
 
 
+def test_what_is_kept_of_a_picture_of_ones_own(photos, tmp_path, monkeypatch, capsys):
+    assert run_tool(compare_quantizers, monkeypatch, photos, "--seeds", 1, "--arms", "ema") == 0
+    run = photos.parent / "photos" / "seed1" / "ema-0.001"
+    out, mine = tmp_path / "kept.png", tmp_path / "mine.png"
+    size = 16
+    blocks = np.random.default_rng(0).integers(256, size=(size, size, 3), dtype=np.uint8)
+    Image.fromarray(np.kron(blocks, np.ones((2, 2, 1), np.uint8))).save(mine)  # twice the size
+    assert run_tool(show_reconstructions, monkeypatch, run, out, "--query", mine, mine) == 0
+    side, gap = 128, show_reconstructions.GAP
+    drawn = np.asarray(Image.open(out))
+    assert drawn.shape == (gap + 2 * (side + gap), gap + 2 * (side + gap), 3)
+    np.testing.assert_array_equal(drawn[gap : gap + side : 8, gap : gap + side : 8], blocks)
+    pixels = torch.from_numpy(blocks).permute(2, 0, 1)[None] / 255
+    kept = Tokenizer.load(run / "tokenizer")(pixels)[0].permute(1, 2, 0)
+    below = torch.from_numpy(drawn[2 * gap + side :: 8, gap : gap + side : 8][:size].copy()) / 255
+    torch.testing.assert_close(below, kept, atol=0.6 / 255, rtol=0)
+    mine.write_bytes(b"no picture")
+    capsys.readouterr()
+    assert run_tool(show_reconstructions, monkeypatch, run, out, "--query", mine) == 2
+    assert capsys.readouterr().err.startswith(f"error: {mine}: unreadable picture")
+
+
 def test_the_reconstructions_of_no_run(tmp_path, monkeypatch, capsys):
     assert run_tool(show_reconstructions, monkeypatch, tmp_path, tmp_path / "out.png") == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/recipe.yaml: no such recipe\n"

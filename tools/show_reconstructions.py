@@ -1,8 +1,10 @@
 """A run's tokenizer -> one PNG: held-out pictures, and under each what its codes keep of it.
 
     python tools/show_reconstructions.py runs/vqgan_64 kept.png [--pictures 10]
+    python tools/show_reconstructions.py runs/vqgan_64 kept.png --query cat.jpg owl.jpg
     python tools/show_reconstructions.py runs/vqgan_64 kept.png --folder kept
 
+--query: pictures of your own instead, cut to a square and scaled down.
 --folder: every held-out picture as originals/000000.png and what is kept of it as reconstructions/000000.png,
 for any program that compares two folders, such as one for the Frechet distance (FID).
 """
@@ -19,6 +21,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from delvm import recipe as recipes
 from delvm.errors import UserError
 from delvm.given import Given
+from delvm.images.augment import view
+from delvm.images.files import read_picture
 from delvm.material import open_samples
 from delvm.tokenizer import Tokenizer
 from delvm.tokenizer.training import to_pictures
@@ -63,6 +67,16 @@ def sheet(pictures: np.ndarray, kept: np.ndarray) -> Image.Image:
     return canvas
 
 
+def own(files: list[Path], size: int) -> torch.Tensor:
+    """Pictures of a user's, (number, size, size, 3) uint8.
+
+    Raises:
+        UserError: one that cannot be read.
+    """
+    settings = {"policy": "none", "size": size, "nearest": False, "seed": (0,)}
+    return torch.from_numpy(np.stack([view([read_picture(file)], [False], **settings)[0] for file in files]))
+
+
 def write_all(samples: ConcatDataset, tokenizer: Tokenizer, folder: Path) -> None:
     """Every held-out picture and what is kept of it, as PNG under numbers."""
     names = ("originals", "reconstructions")
@@ -84,13 +98,17 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--pictures", type=int, default=10)
+    parser.add_argument("--query", type=Path, nargs="+", metavar="PICTURE")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     try:
         samples, tokenizer = held_out(options.run), Tokenizer.load(options.run / "tokenizer")
-        # evenly over all of them, so that every task is there
-        places = np.linspace(0, len(samples) - 1, min(options.pictures, len(samples))).astype(int)
-        shown = Shuffled.collate([item for item in Subset(samples, places.tolist())])[: options.pictures]
+        if options.query:
+            shown = own(options.query, tokenizer.image_size)
+        else:
+            # evenly over all of them, so that every task is there
+            places = np.linspace(0, len(samples) - 1, min(options.pictures, len(samples))).astype(int)
+            shown = Shuffled.collate([item for item in Subset(samples, places.tolist())])[: options.pictures]
         sheet(*reconstruct(tokenizer, shown)).save(options.out)
         if options.folder:
             write_all(samples, tokenizer, options.folder)
