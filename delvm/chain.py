@@ -74,8 +74,6 @@ class Run:
                 tokenizer.to(recipe.trainer.device()),
                 DataLoader(sample, batch_size=64, collate_fn=sample.collate),
             )
-        if self.given.tokenizer is None:
-            tokenizer_training.check(metrics, config)
         tokenizer.cpu().save(folder)
         discard_checkpoint(folder)
         return metrics
@@ -191,6 +189,8 @@ class Run:
         rows = {key: value for key, value in asdict(recipe.sentences).items() if key != "validation"}
         tokenizer = given.tokenizer.hash if given.tokenizer else ""
         data = [tasks, recipe.data, recipe.seed, fingerprint(recipe.tasks)]
+        # what a tokenizer must reach is asked of it when it is trained: its training does not depend on that
+        learnt_tokenizer = {k: v for k, v in asdict(recipe.tokenizer).items() if not k.startswith("min_")}
         machine = [recipe.seed, recipe.trainer.precision]
         learning = [rows, *machine, recipe.trainer.averaging]
         student = recipe.student
@@ -215,7 +215,7 @@ class Run:
         ] if tuning else []  # fmt: skip
         chain = [
             Stage("data", [*data, tokenizer if given.token_tasks else ""], [], self.data),
-            Stage("tokenizer", [recipe.tokenizer, tokenizer, recipe.balance, *machine], ["data"],
+            Stage("tokenizer", [learnt_tokenizer, tokenizer, recipe.balance, *machine], ["data"],
                   self.tokenizer, together=True),
             Stage("tokens", [recipe.tokens], ["tokenizer"], self.tokens, together=True),
             Stage("teacher", [given.teacher_hash] if given.teacher_hash else [recipe.teacher, *learning],
@@ -257,6 +257,9 @@ class Run:
             show_plan(self.material)
         for stage in stages:
             self.run(stage)
+            if stage.name == "tokenizer" and self.given.tokenizer is None:
+                # kept even so: with lower demands the same command goes on from it
+                tokenizer_training.check(self.metrics["tokenizer"], self.recipe.tokenizer)
             if stage.name == until:
                 return
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from delvm import training
+from delvm.tokenizer import training as tokenizer_training
 from delvm.tokenizer.training import TokenizerConfig, build
-from delvm.tokens import encoder
 from delvm.tokens.encoder import Encoder, TokensConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ def test_a_pass_has_as_many_pictures_as_their_size_allows(tokenizer, size, expec
 def test_clips_are_encoded_in_passes_that_fit(tokenizer, monkeypatch, precision):
     clips, config = pictures_of(2, 7), TokensConfig(precision)
     whole = Encoder(tokenizer, config)(clips)
-    monkeypatch.setattr(encoder, "PASS_PICTURES", 4)
+    monkeypatch.setattr(tokenizer_training, "PASS_PICTURES", 4)
     sizes = sizes_of(tokenizer, monkeypatch)
     assert torch.equal(Encoder(tokenizer, config)(clips), whole)
     assert sizes == [4, 4, 4, 2]
@@ -93,7 +93,7 @@ def test_compiled_passes_have_one_shape(tokenizer, monkeypatch):
         return graph.forward
 
     expected = Encoder(tokenizer)(pictures)
-    monkeypatch.setattr(encoder, "PASS_PICTURES", 4)
+    monkeypatch.setattr(tokenizer_training, "PASS_PICTURES", 4)
     monkeypatch.setattr(training, "COMPILE_BACKEND", compile_)
     sizes = sizes_of(tokenizer, monkeypatch)
     assert torch.equal(Encoder(tokenizer, TokensConfig(compile=True))(pictures), expected)

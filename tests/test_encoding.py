@@ -17,7 +17,8 @@ from delvm.images.files import read_picture
 from delvm.images.scenes import Scenes
 from delvm.images.sources import SPLITS, Views
 from delvm.images.tasks import TaskConfig
-from delvm.tokens import encoder, encoding
+from delvm.tokenizer import training as tokenizer_training
+from delvm.tokens import encoding
 from delvm.tokens.encoder import TokensConfig
 from delvm.tokens.encoding import Blocks, Part, write_store
 from delvm.tokens.formats import write_lvm
@@ -36,7 +37,7 @@ TASKS = {
 def small_shards(monkeypatch):
     """Shards of two samples in three views, passes of two views."""
     monkeypatch.setattr(encoding, "SHARD_BYTES", 100)
-    monkeypatch.setattr(encoder, "PASS_PICTURES", 4)
+    monkeypatch.setattr(tokenizer_training, "PASS_PICTURES", 4)
 
 
 def views_of(tasks, num_views=3):
@@ -194,7 +195,7 @@ class Many:
             split: {"many": Views(source, "many", config, size=8, num_views=views, seed=0)}
             for (split, source), views in zip(sources.items(), (4, 1), strict=True)
         }
-        monkeypatch.setattr(encoder, "PASS_PICTURES", 16)
+        monkeypatch.setattr(tokenizer_training, "PASS_PICTURES", 16)
         monkeypatch.setattr(encoding, "SHARD_BYTES", 15 * 4 * 2 * 4 * 2)
         encode = tokenizer.encode
 

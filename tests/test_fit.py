@@ -254,7 +254,13 @@ def test_a_collapsed_tokenizer(capfd, micro):
     line = capfd.readouterr().err.rstrip("\n").split("\n")[-1]
     assert line.startswith("error: the tokenizer")
     assert "min_psnr" in line
-    assert not (micro.parent / "run" / "tokenizer").exists()
+    # its training is kept: where less is asked of it, the same command goes on
+    assert not (micro.parent / "run" / "tokens").exists()
+    before = contents(micro.parent / "run" / "tokenizer")
+    assert fit.main([str(micro), f"run_dir={micro.parent / 'run'}", "tokenizer.min_psnr=58"]) == 2
+    assert contents(micro.parent / "run" / "tokenizer") == before
+    assert fit.main([str(micro), f"run_dir={micro.parent / 'run'}"]) == 0
+    assert contents(micro.parent / "run" / "tokenizer") == before
 
 
 # --- a full disk ---

@@ -291,6 +291,9 @@ def test_the_config_of_a_taming_checkpoint(tmp_path):
     refused(file, r"b\.yaml: not the settings of a taming-transformers VQGAN")
     (tmp_path / "c.yaml").write_text("model: 5")
     assert load(file).image_size == 256  # none of two others
+    # nor does a config.json of another program make it open-muse's, whose pixels are 0..1
+    (tmp_path / "config.json").write_text('{"model_type": "vqgan"}')
+    assert load(file).pixel_range == (-1.0, 1.0)
 
 
 def write_llamagen(file, state, **parts):

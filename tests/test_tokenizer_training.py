@@ -2,6 +2,7 @@ import copy
 import signal
 import warnings
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.vgg import cfgs, make_layers
 
 from delvm.errors import UserError
+from delvm.tokenizer import training
 from delvm.tokenizer.adversarial import AdversarialConfig, adversarial_loss, discriminator_loss
 from delvm.tokenizer.measures import psnr, ssim
 from delvm.tokenizer.quantizers import QUANTIZERS
@@ -240,7 +242,8 @@ def test_measure():
     with pytest.raises(ValueError, match="pictures: none"):
         measure(tokenizer, [])
     with pytest.raises(
-        UserError, match=r"collapsed: 1 of 32 codes in use, min_codes_used 0\.5 asks for 16; more steps"
+        UserError,
+        match=r"collapsed: 1 of 32 codes in use by 192 tokens, min_codes_used 0\.5 asks for 16; more",
     ):
         check(metrics, tiny_config())
 
@@ -248,9 +251,14 @@ def test_measure():
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ({"psnr": 30.0, "codes_used": 15}, "15 of 32 codes"),
-        ({"psnr": 17.94, "codes_used": 32}, r"PSNR 17\.9 dB, min_psnr asks for 18 dB; more steps"),
-        ({"psnr": float("nan"), "codes_used": 32}, "PSNR nan"),
+        ({"psnr": 30.0, "codes_used": 15, "tokens": 9999}, "15 of 32 codes in use by 9,999 tokens"),
+        # 32 tokens show 20.4 of 32 codes where all are as likely
+        ({"psnr": 30.0, "codes_used": 10, "tokens": 32}, r"0\.5 asks for 11;"),
+        (
+            {"psnr": 17.94, "codes_used": 32, "tokens": 9999},
+            r"PSNR 17\.9 dB, min_psnr asks for 18 dB; more steps",
+        ),
+        ({"psnr": float("nan"), "codes_used": 32, "tokens": 9999}, "PSNR nan"),
     ],
 )
 def test_check_refuses(metrics, message):
@@ -260,7 +268,29 @@ def test_check_refuses(metrics, message):
 
 
 def test_check_passes():
-    check({"psnr": 18.0, "codes_used": 16, "codebook_perplexity": 9.0}, tiny_config(min_psnr=18.0))
+    check({"psnr": 18.0, "codes_used": 16, "tokens": 9999}, tiny_config(min_psnr=18.0))
+    check({"psnr": 18.0, "codes_used": 11, "tokens": 32}, tiny_config(min_psnr=18.0))
+
+
+def test_a_few_pictures_cannot_show_all_codes_of_a_large_codebook():
+    config = tiny_config(num_codes=8192)
+    tokens = 20 * 256  # of 20 photographs of 256 px
+    drawn = np.random.default_rng(0).integers(8192, size=tokens)  # all codes as likely
+    used = len(np.unique(drawn))
+    assert used < 0.5 * 8192
+    check({"psnr": 30.0, "codes_used": used, "tokens": tokens}, config)
+
+
+def test_no_more_pictures_go_through_the_network_at_once_than_their_size_allows(monkeypatch):
+    tokenizer = build(tiny_config(), 16)
+    whole = measure(tokenizer, [pairs(4)])
+    sizes = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda images: sizes.append(len(images)) or encode(images))
+    monkeypatch.setattr(training, "PASS_PIXELS", 3 * 16**2)
+    assert measure(tokenizer, [pairs(4)]) == pytest.approx(whole, rel=1e-5)
+    assert sizes == [3, 3, 2]
+    assert [training.pass_pictures(size) for size in (8, 16, 256)] == [12, 3, 1]
 
 
 @pytest.mark.parametrize(

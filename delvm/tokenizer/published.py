@@ -157,7 +157,7 @@ def _load_published(file: Path) -> Tokenizer:
             return _from_diffusers(file, state)
         if "conv_blocks" in layouts:
             return _from_llamagen(file, state)
-        if "down" in layouts and (file.parent / MODEL_CONFIG).is_file():
+        if "down" in layouts and _has_open_muse_config(file):
             return _from_open_muse(file, state)
         if "down" in layouts and (nested == "state_dict" or _taming_config(file)):
             return _from_taming(file, state)
@@ -200,6 +200,13 @@ def _from_diffusers(file: Path, state: dict[str, Tensor]) -> Tokenizer:
     amused = pipeline.is_file() and str(read_json(pipeline).get("_class_name")).startswith("Amused")
     size = IMAGE_SIZE if amused else vqgan.config["sample_size"]
     return _filled(file, vqgan, _renamed(state), size, (0.0, 1.0) if amused else (-1.0, 1.0))
+
+
+def _has_open_muse_config(file: Path) -> bool:
+    """Whether the config beside it is open-muse's: another program's says nothing of the weights."""
+    config_file = file.parent / MODEL_CONFIG
+    config = read_json(config_file) if config_file.is_file() else {}
+    return "_class_name" in config or {"hidden_channels", "num_embeddings"} <= config.keys()
 
 
 def _from_open_muse(file: Path, state: dict[str, Tensor]) -> Tokenizer:

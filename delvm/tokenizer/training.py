@@ -36,6 +36,7 @@ from delvm.tokenizer.vqgan import Tokenizer
 
 GROUPS = 32  # of GroupNorm, as in every published VQGAN
 SHOWN = 8  # pictures in TensorBoard
+PASS_PICTURES, PASS_PIXELS = 128, 1 << 20  # at most, in one pass of the network
 
 
 @dataclass
@@ -65,7 +66,9 @@ class TokenizerConfig:
     commitment: float = 0.25  # pull of the latents towards their codes
     decay: float = 0.9  # of the codes' moving averages; closer to 1 for longer training
     restart_below: float = 2.0  # uses a batch (moving average); a code with fewer starts anew at a latent
-    min_codes_used: float = 0.5  # fraction of the codes; below it the training counts as collapsed
+    # fraction of the codes, or of those that so many held-out tokens could show; below it the training counts
+    # as collapsed. Lowered, or min_psnr, the same command goes on with the tokenizer that is there
+    min_codes_used: float = 0.5
     min_psnr: float = 18.0  # dB
 
     def __post_init__(self) -> None:
@@ -331,19 +334,27 @@ def to_pictures(batch: Tensor) -> Tensor:
     return batch.flatten(0, -4).permute(0, 3, 1, 2).float().div_(255.0)
 
 
+def pass_pictures(image_size: int) -> int:
+    """How many pictures of image_size x image_size go through the network at once."""
+    return min(PASS_PICTURES, max(1, PASS_PIXELS // image_size**2))
+
+
 @torch.no_grad()
 def measure(tokenizer: Tokenizer, pictures: Iterable[Tensor]) -> dict[str, float]:
     """What the codes keep of pictures, given in batches like those of the training.
 
+    A pass of the network has as many pictures as their size allows, see `pass_pictures`.
+
     Returns psnr (dB, each at most 60) and ssim, means over pictures; codes_used (distinct codes) and
-    codebook_perplexity, over all of them.
+    codebook_perplexity, over all of their `tokens`.
     Raises ValueError if there is no picture.
     """
+    size = pass_pictures(tokenizer.image_size)
     ratios: list[Tensor] = []
     similarities: list[Tensor] = []
     counts = torch.zeros(tokenizer.num_codes, dtype=torch.int64)
-    for batch in pictures:
-        images = to_pictures(batch.to(tokenizer.codebook.device))
+    for part in (part for batch in pictures for part in batch.flatten(0, -4).split(size)):
+        images = to_pictures(part.to(tokenizer.codebook.device))
         ids = tokenizer.encode(images)
         kept = tokenizer.decode(ids)
         ratios.append(psnr(kept, images).cpu())
@@ -356,17 +367,20 @@ def measure(tokenizer: Tokenizer, pictures: Iterable[Tensor]) -> dict[str, float
         "ssim": float(torch.cat(similarities).mean()),
         "codes_used": int((counts > 0).sum()),
         "codebook_perplexity": float(perplexity(counts)),
+        "tokens": int(counts.sum()),
     }
 
 
 def check(metrics: dict[str, float], config: TokenizerConfig) -> None:
     """Raise UserError if the tokenizer of these metrics (see measure) collapsed or blurs beyond use."""
-    used, needed = metrics["codes_used"], config.min_codes_used * config.num_codes
+    # of so many tokens, had all codes the same share: a few pictures cannot show thousands of codes
+    shown = config.num_codes * (1 - (1 - 1 / config.num_codes) ** metrics["tokens"])
+    used, needed = metrics["codes_used"], config.min_codes_used * shown
     if used < needed:
         raise UserError(
-            f"the tokenizer collapsed: {used:g} of {config.num_codes} codes in use, min_codes_used "
-            f"{config.min_codes_used:g} asks for {math.ceil(needed)}; more steps, a higher restart_below, "
-            "a lower learning_rate or fewer num_codes help"
+            f"the tokenizer collapsed: {used:g} of {config.num_codes} codes in use by {metrics['tokens']:,} "
+            f"tokens, min_codes_used {config.min_codes_used:g} asks for {math.ceil(needed)}; more steps, "
+            "a higher restart_below, a lower learning_rate or fewer num_codes help"
         )
     # "not >=" also catches NaN
     if not metrics["psnr"] >= config.min_psnr:

@@ -11,9 +11,7 @@ from torch.nn import functional as F
 
 from delvm import training
 from delvm.tokenizer import Tokenizer
-from delvm.tokenizer.training import to_pictures
-
-PASS_PICTURES, PASS_PIXELS = 128, 1 << 20  # at most, in one pass of the network
+from delvm.tokenizer.training import pass_pictures, to_pictures
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Encoder(pl.LightningModule):
         config = config or TokensConfig()
         self.tokenizer = tokenizer
         self.mixed, self.one_shape = config.precision == "bf16-mixed", config.compile
-        self.pass_pictures = min(PASS_PICTURES, max(1, PASS_PIXELS // tokenizer.image_size**2))
+        self.pass_pictures = pass_pictures(tokenizer.image_size)
         if self.mixed:
             tokenizer.to(memory_format=torch.channels_last)
         if config.compile:
