@@ -129,10 +129,26 @@ def test_what_is_kept_of_a_picture_of_ones_own(photos, tmp_path, monkeypatch, ca
     kept = Tokenizer.load(run / "tokenizer")(pixels)[0].permute(1, 2, 0)
     below = torch.from_numpy(drawn[2 * gap + side :: 8, gap : gap + side : 8][:size].copy()) / 255
     torch.testing.assert_close(below, kept, atol=0.6 / 255, rtol=0)
-    mine.write_bytes(b"no picture")
+    # the run's own pictures are not asked for, only where all of them are to be written
+    (folder := tmp_path / "kept").mkdir()
+    (folder / "old.png").write_bytes(b"")
     capsys.readouterr()
+    assert run_tool(show_reconstructions, monkeypatch, run, out, "--folder", folder) == 2
+    assert capsys.readouterr().err.startswith(f"error: {folder}: not empty")
+    mine.write_bytes(b"no picture")
     assert run_tool(show_reconstructions, monkeypatch, run, out, "--query", mine) == 2
     assert capsys.readouterr().err.startswith(f"error: {mine}: unreadable picture")
+
+
+def test_every_task_is_shown_whatever_number_of_pictures_a_sample_has():
+    datasets = [
+        [torch.full((number, 2, 2, 3), 10 * task + place, dtype=torch.uint8) for place in range(5)]
+        for task, number in enumerate((1, 2, 3))
+    ]
+    shown = show_reconstructions.some(torch.utils.data.ConcatDataset(datasets), 10)
+    assert shown[:, 0, 0, 0].tolist() == [0, 12, 12, 24, 24, 24]
+    shown = show_reconstructions.some(torch.utils.data.ConcatDataset(datasets[:1]), 3)
+    assert shown[:, 0, 0, 0].tolist() == [0, 2, 4]
 
 
 def test_the_reconstructions_of_no_run(tmp_path, monkeypatch, capsys):

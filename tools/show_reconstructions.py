@@ -67,6 +67,13 @@ def sheet(pictures: np.ndarray, kept: np.ndarray) -> Image.Image:
     return canvas
 
 
+def some(samples: ConcatDataset, number: int) -> torch.Tensor:
+    """All pictures of samples spread evenly, (at most `number`, H, W, 3) uint8: every task is there."""
+    most = max(len(dataset[0]) for dataset in samples.datasets)
+    places = np.linspace(0, len(samples) - 1, min(max(1, number // most), len(samples))).astype(int)
+    return Shuffled.collate([item for item in Subset(samples, places.tolist())])[:number]
+
+
 def own(files: list[Path], size: int) -> torch.Tensor:
     """Pictures of a user's, (number, size, size, 3) uint8.
 
@@ -102,13 +109,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     try:
-        samples, tokenizer = held_out(options.run), Tokenizer.load(options.run / "tokenizer")
-        if options.query:
-            shown = own(options.query, tokenizer.image_size)
-        else:
-            # evenly over all of them, so that every task is there
-            places = np.linspace(0, len(samples) - 1, min(options.pictures, len(samples))).astype(int)
-            shown = Shuffled.collate([item for item in Subset(samples, places.tolist())])[: options.pictures]
+        if options.folder and options.folder.exists() and any(options.folder.iterdir()):
+            raise UserError(f"{options.folder}: not empty; old pictures would stay among the new ones")
+        samples = held_out(options.run) if options.folder or not options.query else ConcatDataset([[]])
+        tokenizer = Tokenizer.load(options.run / "tokenizer")
+        shown = own(options.query, tokenizer.image_size) if options.query else some(samples, options.pictures)
         sheet(*reconstruct(tokenizer, shown)).save(options.out)
         if options.folder:
             write_all(samples, tokenizer, options.folder)

@@ -28,6 +28,7 @@ from delvm.errors import UserError
 from delvm.evaluate.likelihood import score_tokens
 from delvm.images.files import read_picture
 from delvm.tokenizer import Tokenizer
+from delvm.tokens.encoder import Encoder
 from delvm.tokens.formats import read_lvm
 
 TIE = 1e-6  # nats a token: what rounding leaves between candidates of equal codes
@@ -153,11 +154,12 @@ def encode_items(items: Sequence[Item], tokenizer: Tokenizer) -> list[Question]:
     shown = [path for item in items for paths in (item.context, *item.candidates) for path in paths]
     paths = list(dict.fromkeys(shown))
     codes: dict[Path, Tensor] = {}
+    encoder = Encoder(tokenizer)
     for start in tqdm(range(0, len(paths), BATCH), desc="encode", unit="batch", disable=len(paths) <= BATCH):
         batch = paths[start : start + BATCH]
         pictures = torch.from_numpy(np.stack([_square(path, tokenizer.image_size) for path in batch]))
-        pixels = pictures.to(tokenizer.codebook.device).permute(0, 3, 1, 2) / 255
-        codes |= zip(batch, tokenizer.encode(pixels).cpu(), strict=True)
+        pictures = pictures.to(tokenizer.codebook.device).unsqueeze(1)
+        codes |= zip(batch, encoder(pictures).squeeze(1).cpu(), strict=True)
     return [
         Question(
             item.place,

@@ -31,7 +31,7 @@ from delvm.images.folders import list_folders, list_some
 from delvm.images.sources import deal
 from delvm.stages import write_atomic
 from delvm.tokenizer import Tokenizer
-from delvm.tokenizer.training import to_pictures
+from delvm.tokens.encoder import Encoder
 from delvm.tokens.store import Layout, code_dtype
 from delvm.training import leave_stopping_to_us, plain_errors
 
@@ -172,9 +172,10 @@ def encode(
     shape = (len(pictures), 1, 1 + pictures.mirrored, tokenizer.num_tokens)
     layout = Layout.plan(folder, shape, code_dtype(tokenizer.num_codes), SHARD_BYTES)
 
+    encoder = Encoder(tokenizer)  # the same codes whatever the batch
+
     def work(batch: Tensor) -> np.ndarray:
-        codes = tokenizer.encode(to_pictures(batch.flatten(0, 1).to(device)))
-        return codes.unflatten(0, batch.shape[:2]).cpu().numpy()
+        return encoder(batch.to(device)).cpu().numpy()
 
     return Codes(_fill(layout, made_of, pictures, work, **how), mirrored=pictures.mirrored)
 
