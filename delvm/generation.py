@@ -158,8 +158,9 @@ class _Reader:
     def __init__(self, model: LlamaForCausalLM, room: int) -> None:
         """room: tokens of a sentence, at most."""
         self.model, self.room, self.length = model, room, 0
-        # by layer, keys (rows, key heads, channels, room) and values (rows, key heads, room, channels): so
-        # the product of one query and all keys goes through memory once, from end to end
+        # by layer, keys and values (rows, key heads, room, channels). In float32 keys lie in memory as (rows,
+        # key heads, channels, room): so the product of one query and all of them goes through it once, from
+        # end to end. In fewer bits that product is slow, and the fused kernel is the fastest.
         self.past: list[tuple[Tensor, Tensor]] = []
 
     def read(self, tokens: Tensor) -> Tensor:
@@ -188,11 +189,12 @@ class _Reader:
         """The keys and values of all tokens so far, with those of the tokens that are being read."""
         rows, heads, count, channels = value.shape
         if not self.length:
-            keys = value.new_empty(rows, heads, channels, self.room)
-            self.past.append((keys, value.new_empty(rows, heads, self.room, channels)))
+            room = value.new_empty(rows, heads, self.room, channels)
+            turned = value.new_empty(rows, heads, channels, self.room).mT
+            self.past.append((turned if value.dtype == torch.float32 else torch.empty_like(room), room))
         end = self.length + count
-        keys, values = self.past[layer][0][..., :end], self.past[layer][1][:, :, :end]
-        keys[..., self.length :], values[:, :, self.length :] = key.mT, value
+        keys, values = (past[:, :, :end] for past in self.past[layer])
+        keys[:, :, self.length :], values[:, :, self.length :] = key, value
         return keys, values
 
     def repeated(self, times: int, room: int) -> "_Reader":
@@ -201,7 +203,7 @@ class _Reader:
         for keys, values in self.past:
             other._remember(
                 len(other.past),
-                keys[..., : self.length].mT.repeat_interleave(times, dim=0),
+                keys[:, :, : self.length].repeat_interleave(times, dim=0),
                 values[:, :, : self.length].repeat_interleave(times, dim=0),
             )
         other.length = self.length
@@ -211,19 +213,18 @@ class _Reader:
 def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     """What the last n tokens see of all so far, themselves included.
 
-    query: (rows, heads, n, channels), the result as well; keys: (rows, key heads, channels, length); values:
-    (rows, key heads, length, channels).
+    query: (rows, heads, n, channels), the result as well; keys, values: (rows, key heads, length, channels).
     """
     (rows, heads, count, channels), (_, key_heads, length, _) = query.shape, values.shape
-    if count == 1:
-        scores = (query * scaling).view(rows, key_heads, -1, channels) @ keys
-        return (scores.float().softmax(-1).to(values.dtype) @ values).view(query.shape)
-    mask = None  # without anything before, they are causal; else each sees that, and as far as it is
-    if length > count:
+    if count == 1 and values.dtype == torch.float32:
+        scores = (query * scaling).view(rows, key_heads, -1, channels) @ keys.mT
+        return (scores.softmax(-1) @ values).view(query.shape)
+    mask = None  # one sees all; several are causal without anything before, else each as far as it is
+    if length > count > 1:
         mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)
     return scaled_dot_product_attention(
-        query, keys.mT.contiguous(), values, mask, is_causal=mask is None, scale=scaling,
-        enable_gqa=heads > key_heads,
+        query, keys.contiguous() if values.dtype == torch.float32 else keys, values, mask,
+        is_causal=length == count, scale=scaling, enable_gqa=heads > key_heads,
     )  # fmt: skip
 
 
