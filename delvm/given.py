@@ -29,9 +29,15 @@ SHAPE = (
 
 
 def _read_model(key: str, folder: str, num_codes: int | None) -> tuple[LlamaConfig, str]:
-    """A given model's configuration and what tells its weights from others; errors begin with the key."""
+    """A given model's configuration and what tells its weights from others; errors begin with the key.
+
+    num_codes: of the tokenizer whose codes it is to read; None where it reads none.
+    """
     try:
-        return llama.load_config(folder, num_codes=num_codes), weights_hash(Path(folder))
+        config = llama.load_config(folder, num_codes=num_codes)
+        if num_codes is not None:
+            llama.check_codes(config, num_codes)
+        return config, weights_hash(Path(folder))
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
 
@@ -104,7 +110,7 @@ class Given:
         """What tells the weights of each of `probe.models` from others.
 
         Raises:
-            UserError: one that cannot be read, or has fewer ids than the tokenizer codes.
+            UserError: one that cannot be read, or reads other codes than the tokenizer's.
         """
         hashes = {}
         for name, folder in (self.recipe.probe.models if self.recipe.probe else {}).items():
@@ -122,7 +128,7 @@ class Given:
         """What tells the weights of each of `finetune.models` from others.
 
         Raises:
-            UserError: one that cannot be read, or has fewer ids than there are codes to read.
+            UserError: one that cannot be read, or is to read codes and reads others than the tokenizer's.
         """
         config = self.recipe.finetune
         if config is None:
@@ -211,7 +217,7 @@ class Given:
             UserError: a teacher of another vocabulary; a student that cannot be cut from it, or is not of the
                 size of what it starts from; steps that processes and micro-batches cannot share; a shared
                 cache within the run; a cache of more codes or rows than there are; pictures of a probe or a
-                fine-tuning that are no classes, a model of it that has fewer ids than the tokenizer codes.
+                fine-tuning that are no classes, a model of it that reads other codes than the tokenizer's.
         """
         recipe, cache, student = self.recipe, self.recipe.cache, self.recipe.student
         for key, model in (("teacher", recipe.teacher), ("student", student)):

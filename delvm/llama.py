@@ -110,6 +110,12 @@ def what_it_reads(config: LlamaConfig) -> str:
     return f"has a vocabulary of {config.vocab_size}"
 
 
+def check_codes(config: LlamaConfig, num_codes: int) -> None:
+    """Refuse a model for a tokenizer whose codes it does not read. Raises UserError, see `codes_fit`."""
+    if not codes_fit(config, num_codes):
+        raise UserError(f"{what_it_reads(config)}, the tokenizer has {num_codes} codes")
+
+
 def configuration(
     size: str, vocab_size: int, max_positions: int, *, bos: int | None = None, eos: int | None = None
 ) -> LlamaConfig:

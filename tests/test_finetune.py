@@ -334,6 +334,17 @@ def test_a_model_that_reads_fewer_codes(colours, tokenizer, tmp_path):
         tune(colours, tmp_path / "model", tokenizer, tmp_path / "out")
 
 
+def test_a_model_of_another_tokenizer(colours, tokenizer, tmp_path):
+    llama.save(llama.build("micro", 258, 16, seed=3), tmp_path / "model", num_codes=256)
+    message = r"^finetune: student: was trained on 256 codes, the tokenizer has 16 codes$"
+    with pytest.raises(UserError, match=message):
+        tune(colours, tmp_path / "model", tokenizer, tmp_path / "out")
+    with pytest.raises(UserError, match=message.replace("student", "random")):
+        tune(colours, tmp_path / "model", tokenizer, tmp_path / "out", starts=["random"])
+    patches = {"input": "patches", "image_size": 8, "patch_size": 4, "epochs": 1}  # it reads no codes then
+    assert tune(colours, tmp_path / "model", tokenizer, tmp_path / "patches", **patches)["models"]
+
+
 # --- its stage of a run
 
 
@@ -391,6 +402,8 @@ def test_the_recipe_for_imagenet_tunes_on_any_classes(recipe, tmp_path, capfd, i
     [
         ("finetune.train=none", "finetune.train: no folder 'none'"),
         ("finetune.models.student=none", "finetune.models.student: none: no such folder"),
+        ("finetune.models.student=many", "finetune.models.student: was trained on 256 codes, the tokenizer"
+                                         " has 16 codes"),
         ("finetune.batch_size=5", "finetune.batch_size: 5 must divide by 2 * processes * trainer.accumulate"
                                   " = 2: pictures are mixed in pairs; or finetune.views.mixing=0"),
         ("finetune.mask=free", "finetune.mask: 'free' is unknown; choices: causal, bidirectional"),
@@ -403,6 +416,8 @@ def test_the_recipe_for_imagenet_tunes_on_any_classes(recipe, tmp_path, capfd, i
     ],
 )  # fmt: skip
 def test_what_cannot_be_ends_in_one_line(recipe, tmp_path, capfd, override, line):
+    llama.save(llama.build("micro", 258, 16, seed=3), tmp_path / "many", num_codes=256)
+    override = override.replace("many", str(tmp_path / "many"))
     assert recipe("finetune.input=tokens", override) == USAGE_ERROR
     said = capfd.readouterr().err.strip().splitlines()
     assert len(said) == 1

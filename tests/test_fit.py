@@ -447,6 +447,7 @@ def test_the_recipe_for_imagenet_probes_any_classes(probing, tmp_path, capfd):
         ("broken", "{0}/val/bee/1.png: unreadable picture (not a picture)"),
         ("folder", "probe.models.student: {0}/none: no such folder"),
         ("codes", "probe.models.student: num_codes: 16, the model has 8 ids"),
+        ("many", "probe.models.student: was trained on 256 codes, the tokenizer has 16 codes"),
     ],
 )
 def test_a_probe_that_cannot_be(probing, tmp_path, capfd, damage, line):
@@ -458,7 +459,9 @@ def test_a_probe_that_cannot_be(probing, tmp_path, capfd, damage, line):
         (tmp_path / "val" / "bee" / "1.png").write_bytes(b"no picture")
     elif damage == "codes":
         llama.save(llama.build("micro", 8, 32), tmp_path / "few")
-    models = {"folder": "none", "codes": "few"}
+    elif damage == "many":
+        llama.save(llama.build("micro", 258, 32), tmp_path / "many", num_codes=256)
+    models = {"folder": "none", "codes": "few", "many": "many"}
     more = [f"probe.models.student={tmp_path / models[damage]}"] if damage in models else []
     recipe = ROOT / "recipes" / "probe_imagenet.yaml"
     assert fit.main([str(recipe), f"run_dir={tmp_path / 'run'}", *probing, *more]) == 2

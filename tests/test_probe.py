@@ -175,6 +175,16 @@ def test_a_model_that_does_not_fit(run, tmp_path):
     llama.save(llama.build("micro", 8, 16), tmp_path / "few")
     with pytest.raises(UserError, match=r"^probe: few: num_codes: 16, the model has 8 ids$"):
         run({"few": tmp_path / "few"})
+    llama.save(llama.build("micro", 258, 16), tmp_path / "many", num_codes=256)
+    with pytest.raises(
+        UserError, match=r"^probe: many: was trained on 256 codes, the tokenizer has 16 codes$"
+    ):
+        run({"many": tmp_path / "many"})
+    llama.save(llama.build("micro", 258, 16), tmp_path / "unsaid")
+    with pytest.raises(
+        UserError, match=r"^probe: unsaid: has a vocabulary of 258, the tokenizer has 16 codes$"
+    ):
+        run({"unsaid": tmp_path / "unsaid"})
     llama.save(llama.build("micro", 16, 16), tmp_path / "shallow")
     with pytest.raises(UserError, match=r"^probe: shallow: layers: 9, the model has 1 to 2$"):
         run({"shallow": tmp_path / "shallow"}, layers=[9])

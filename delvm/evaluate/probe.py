@@ -170,7 +170,7 @@ def probe(
         error; `chosen`, settings of each seed; `by_layer`, top1. metrics.json has `by_class`, too.
 
     Raises:
-        UserError: pictures or models that cannot be read; a model with fewer ids than codes or fewer layers.
+        UserError: pictures or models that cannot be read; a model of other codes or with fewer layers.
     """
     device = torch.device("cpu") if device is None else device
     work = _Work(tokenizer.to(device), config, features, num_workers, device)
@@ -179,6 +179,7 @@ def probe(
     for name, folder in models.items():
         with _about(name):
             model = llama.load(folder, num_codes=tokenizer.num_codes)
+            llama.check_codes(model.config, tokenizer.num_codes)
         rows[name] = work.model(name, model, weights_hash(folder), precision)
     if "random" in config.controls and model is not None:
         drawn = llama.initialise(model.config, seed=seed).eval()

@@ -97,7 +97,7 @@ def finetune(
         standard errors `top1_error` and `top5_error`, `parameters`. metrics.json has `by_class`, too.
 
     Raises:
-        UserError: pictures or models that cannot be read, a model with fewer ids than codes, steps that
+        UserError: pictures or models that cannot be read, a model of other codes, steps that
             processes and micro-batches cannot share; `Interrupted` and `NotFinite` as `delvm.training.train`.
     """
     listings = list_splits(config)
@@ -132,7 +132,7 @@ def start_weights(arm: Arm, form: Form, *, seed: int) -> Classifier:
     """An arm's classifier before its first step.
 
     Raises:
-        UserError: a model that cannot be read, or has fewer ids than there are codes.
+        UserError: a model that cannot be read, or reads other codes than there are.
     """
     codes = form.num_codes or None
     try:
@@ -140,6 +140,8 @@ def start_weights(arm: Arm, form: Form, *, seed: int) -> Classifier:
             model = llama.initialise(llama.load_config(arm.folder, num_codes=codes), seed=seed)
         else:
             model = llama.load(arm.folder, num_codes=codes)
+        if codes is not None:
+            llama.check_codes(model.config, codes)
     except UserError as error:
         raise UserError(f"finetune: {arm.name}: {error}") from error
     return Classifier.of(model, replace(form, begins=model.config.bos_token_id is not None), seed=seed)
