@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from delvm import chain, llama, recipe
-from delvm.evaluate.__main__ import main
+from delvm.evaluate.__main__ import load_recipe, main
 from delvm.evaluate.held_out import HeldOut, measure
 from delvm.evaluate.prompting import load_pictures
 from delvm.given import Given
@@ -173,6 +173,17 @@ def test_questions_need_no_recipe(root, capsys):
     said = capsys.readouterr().out
     assert f"LVM's perplexity: {np.mean(perplexities):.2f}" in said
     assert "choice by lowest perplexity" in said
+
+
+def test_a_recipe_that_also_asks_of_its_own_models(root):
+    sections = "".join(
+        f"{name}: {{{setting}, train: gone, validation: away}}\n"
+        for name, setting in (("probe", "seeds: 1"), ("finetune", "roles: [student]"))
+    )
+    with (root / "mine.yaml").open("a") as file:
+        file.write(sections)
+    found = load_recipe(root / "mine.yaml", ["seed=3"], root / "tokenizer")
+    assert (found.student, found.probe, found.finetune, found.seed) == (None, None, None, 3)
 
 
 def test_a_model_without_specials(root):

@@ -128,7 +128,7 @@ def check(options: argparse.Namespace, out: Path) -> None:
 
 def load_recipe(file: Path, overrides: Sequence[str], tokenizer: Path) -> Recipe:
     """A recipe with that tokenizer and without its models: others are judged here."""
-    without = [f"{section}=null" for section in (*ROLES, "cache", "probe")]
+    without = [f"{section}=null" for section in (*ROLES, "cache", "probe", "finetune")]
     return recipes.load(file, [*overrides, f"tokenizer.folder={json.dumps(str(tokenizer))}", *without])
 
 
