@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from delvm import llama, student
+from delvm.evaluate import scores
 from tools import pascal_5i
 from tools.pascal_5i import Episode, draw_episodes, pictures_by_class, score_fold, squares
 
@@ -74,7 +75,8 @@ def test_masks_keep_all_of_the_picture(voc):
 def test_a_fold_is_what_the_model_draws_of_its_episodes(voc, model):
     judged = student.load(model)
     episodes = [Episode(1, [NAMES[0]], NAMES[2]), Episode(2, [NAMES[1], NAMES[3]][:1], NAMES[5])]
-    found = score_fold(judged, voc, episodes, 0, temperature=0.0, top_p=1.0).metrics
+    found = score_fold(judged, voc, episodes, 0, temperature=0.0, top_p=1.0)
+    of_truth = found["truth"]
     ious, both, outside = [], [0, 0], [0, 0]
     for episode in episodes:
         shown, mask, _ = squares(voc, episode.shown[0], episode.number, 8)
@@ -86,10 +88,36 @@ def test_a_fold_is_what_the_model_draws_of_its_episodes(voc, model):
         both = [both[0] + hits, both[1] + union]
         outside[0] += (~drawn & ~truth & ~border).sum()
         outside[1] += ((~drawn | ~truth) & ~border).sum()
-    assert found["iou_aeroplane"] == pytest.approx(ious[0])
-    assert found["iou_bicycle"] == pytest.approx(ious[1])
-    assert found["miou"] == pytest.approx(np.mean(ious))
-    assert found["fb_iou"] == pytest.approx((both[0] / both[1] + outside[0] / outside[1]) / 2)
+    assert of_truth["iou_aeroplane"] == pytest.approx(ious[0])
+    assert of_truth["iou_bicycle"] == pytest.approx(ious[1])
+    assert of_truth["miou"] == pytest.approx(np.mean(ious))
+    assert of_truth["fb_iou"] == pytest.approx((both[0] / both[1] + outside[0] / outside[1]) / 2)
+
+
+def test_what_the_tokenizer_keeps_of_a_mask_is_the_ceiling(voc, model):
+    judged = student.load(model)
+    episodes = [Episode(1 + n % 2, [NAMES[n]], NAMES[n + 2]) for n in range(4)]
+    found = score_fold(judged, voc, episodes, 0, temperature=0.0, top_p=1.0)
+    made, best, true, border = [], [], [], []
+    for episode in episodes:
+        shown, mask, _ = squares(voc, episode.shown[0], episode.number, 8)
+        query, truth, ignored = squares(voc, episode.query, episode.number, 8)
+        masks = [
+            np.where(part[..., None], np.uint8(255), np.uint8(0)).repeat(3, axis=2) for part in (mask, truth)
+        ]
+        made.append(np.asarray(judged.complete([(shown, masks[0])], query)))
+        best.append(np.asarray(judged.decode(judged.encode(masks[1:]))[0]))
+        true.append(truth)
+        border.append(ignored)
+    made, best = (np.stack(pictures).max(axis=-1) > 127 for pictures in (made, best))
+    classes = np.array([episode.number for episode in episodes])
+    rest = (classes, 0, np.stack(border))
+    assert found == {
+        "truth": scores.pascal_5i(made, np.stack(true), *rest).metrics,
+        "reconstruction": scores.pascal_5i(made, best, *rest).metrics,
+        "ceiling": scores.pascal_5i(best, np.stack(true), *rest).metrics,
+    }
+    assert found["truth"] != found["reconstruction"] != found["ceiling"]
 
 
 def test_the_command(voc, model, tmp_path, capsys):
@@ -101,8 +129,13 @@ def test_the_command(voc, model, tmp_path, capsys):
     assert pascal_5i.main(command) == 0
     metrics = json.loads(out.read_text())
     assert list(metrics) == ["fold 1", "mean"]
-    assert metrics["mean"] == {key: metrics["fold 1"][key] for key in ("miou", "fb_iou")}
-    assert f"{100 * metrics['mean']['miou']:.1f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert list(metrics["mean"]) == ["truth", "reconstruction", "ceiling"]
+    for against, mean in metrics["mean"].items():
+        assert mean == {key: metrics["fold 1"][against][key] for key in ("miou", "fb_iou")}
+    for key in ("miou", "fb_iou"):
+        line = " +│ +".join(f"{100 * mean[key]:.1f}" for mean in metrics["mean"].values())
+        assert re.search(f"mean +│ +{line} ", said)
 
 
 def test_what_it_refuses(voc, model, tmp_path, capsys):

@@ -7,7 +7,8 @@ An episode shows pictures of one class with their masks, white on black, and ask
 Each of the four folds has five classes, and its episodes are drawn from the pictures of VOC's list `val`
 that show them: a class, then as many pictures as it takes. What was drawn counts where its brightest channel
 is above 127; the border that VOC labels 255 does not. Pictures are resized to the tokenizer's size whatever
-their aspect, so that the whole of a mask counts.
+their aspect, so that the whole of a mask counts. Each score stands against the true masks and against what
+the tokenizer keeps of them, beside what that would have itself: the ceiling.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from delvm import student
 from delvm.console import console, table
 from delvm.errors import UserError, exit_status
-from delvm.evaluate.scores import PASCAL_CLASSES, Scored, foreground_masks, pascal_5i
+from delvm.evaluate.scores import PASCAL_CLASSES, foreground_masks, pascal_5i
 from delvm.generation import complete
 from delvm.images.files import read_picture
 from delvm.stages import write_atomic
@@ -33,6 +34,8 @@ from delvm.student import BATCH, Student
 
 IGNORED = 255
 """The label of the border around an object."""
+AGAINST = {"truth": "truth", "reconstruction": "its reconstruction", "ceiling": "at best"}
+KEYS = {"miou": "mIoU", "fb_iou": "foreground and background"}
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,26 @@ def squares(voc: Path, name: str, number: int, side: int) -> tuple[np.ndarray, n
     return pixels, np.asarray(labels) == number, np.asarray(labels) == IGNORED
 
 
+def white(mask: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8: a mask (H, W) bool in white on black."""
+    return np.repeat(np.uint8(255) * mask[..., None], 3, axis=2)
+
+
 def score_fold(
     judged: Student, voc: Path, episodes: Sequence[Episode], fold: int, *, temperature: float, top_p: float
-) -> Scored:
-    """Let the model draw, and count. Raises UserError for pictures that cannot be read."""
+) -> dict[str, dict[str, float]]:
+    """Let the model draw, and count.
+
+    Returns:
+        The metrics of `pascal_5i`: of what is drawn against the "truth", and against the "reconstruction" of
+        this by the tokenizer; and the "ceiling", of the reconstruction against the truth.
+
+    Raises:
+        UserError: pictures that cannot be read.
+    """
     tokenizer, side = judged.tokenizer, judged.tokenizer.image_size
     begin = torch.tensor([] if judged.bos is None else [judged.bos], dtype=torch.int64)
-    drawn, truth, ignored = [], [], []
+    drawn, kept, truth, ignored = [], [], [], []
     with tqdm(total=len(episodes), desc=f"fold {fold}", unit="episode") as bar:
         for start in range(0, len(episodes), BATCH):
             prompts = []
@@ -121,7 +137,7 @@ def score_fold(
                 pictures = []
                 for name in episode.shown:
                     picture, mask, _ = squares(voc, name, episode.number, side)
-                    pictures += [picture, np.repeat(np.uint8(255) * mask[..., None], 3, axis=2)]
+                    pictures += [picture, white(mask)]
                 query, mask, border = squares(voc, episode.query, episode.number, side)
                 prompts.append(torch.cat([begin, judged.encode([*pictures, query]).flatten()]))
                 truth.append(mask)
@@ -131,9 +147,15 @@ def score_fold(
                 temperature=temperature, top_p=top_p, seed=start,
             )  # fmt: skip
             drawn += [np.asarray(picture) for picture in judged.decode(codes)]
+            codes = judged.encode([white(mask) for mask in truth[start:]])
+            kept += [np.asarray(picture) for picture in judged.decode(codes)]
             bar.update(len(prompts))
     classes = np.array([episode.number for episode in episodes])
-    return pascal_5i(foreground_masks(np.stack(drawn)), np.stack(truth), classes, fold, np.stack(ignored))
+    made, best, true = foreground_masks(np.stack(drawn)), foreground_masks(np.stack(kept)), np.stack(truth)
+    pairs = {"truth": (made, true), "reconstruction": (made, best), "ceiling": (best, true)}
+    return {
+        against: pascal_5i(*pair, classes, fold, np.stack(ignored)).metrics for against, pair in pairs.items()
+    }
 
 
 def run(options: argparse.Namespace) -> None:
@@ -145,16 +167,22 @@ def run(options: argparse.Namespace) -> None:
     if options.shots > judged.max_shots():
         raise UserError(f"--shots: {options.shots}, beside a query and its mask {judged.max_shots()} fit")
     pictures = pictures_by_class(options.voc)
-    metrics = {}
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
     for fold in options.folds:
         episodes = draw_episodes(pictures, fold, options.episodes, options.shots, options.seed)
         metrics[f"fold {fold}"] = score_fold(
             judged, options.voc, episodes, fold, temperature=options.temperature, top_p=options.top_p
-        ).metrics
-    keys = ("miou", "fb_iou")
-    metrics["mean"] = {key: float(np.mean([fold[key] for fold in metrics.values()])) for key in keys}
-    lines = [[name, *(f"{100 * entry[key]:.1f}" for key in keys)] for name, entry in metrics.items()]
-    table("Pascal-5i, per cent", ["", "mIoU", "foreground and background"], lines)
+        )
+    metrics["mean"] = {
+        against: {key: float(np.mean([fold[against][key] for fold in metrics.values()])) for key in KEYS}
+        for against in AGAINST
+    }
+    for key, title in KEYS.items():
+        lines = [
+            [name, *(f"{100 * entry[against][key]:.1f}" for against in AGAINST)]
+            for name, entry in metrics.items()
+        ]
+        table(f"Pascal-5i, {title}, per cent against", ["", *AGAINST.values()], lines)
     if options.out:
         write_atomic(options.out, json.dumps(metrics, indent=2) + "\n")
         console.print(f"numbers: {options.out}", soft_wrap=True)
