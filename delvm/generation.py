@@ -10,6 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from delvm import llama
+from delvm.errors import UserError
+
 
 @torch.inference_mode()
 def complete(
@@ -32,8 +35,8 @@ def complete(
     text there is an image code here. A compiled model runs uncompiled, and one in training mode without its
     dropout.
 
-    Raises ValueError for settings out of range, for prompts that leave no room in the model's positions, and
-    for a model whose logits are not numbers.
+    Raises ValueError for settings out of range and for prompts that leave no room in the model's positions,
+    UserError for a model whose logits are no numbers.
     """
     codes = _begin(model, prompts, num_tokens, num_codes, temperature, top_p, seed)
     return torch.stack([*codes], 1).cpu()
@@ -264,7 +267,7 @@ def _continue(
 ) -> Iterator[Tensor]:
     """What follows, (rows,) int64 for each draw. logits: (rows, vocabulary); draws: (rows, num_tokens)."""
     if logits[:, :num_codes].isnan().any():
-        raise ValueError("model: its logits are no numbers (nan)")
+        raise UserError(f"{llama.called(reader.model)}: its logits are no numbers (nan)")
     code = None
     for draw in draws.to(logits.device).T:
         if code is not None:

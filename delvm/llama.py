@@ -303,7 +303,13 @@ def load(
     problems = _fill(model, found.read())
     if problems:
         raise UserError(f"{folder}: the weights do not fit {found.config_file.name}: {'; '.join(problems)}")
+    model.name_or_path = str(folder)
     return model.eval()
+
+
+def called(model: LlamaForCausalLM) -> str:
+    """What an error calls a model: the folder that it was loaded from, if any."""
+    return model.name_or_path or "the model"
 
 
 def _fill(model: LlamaForCausalLM, weights: published.Weights) -> list[str]:

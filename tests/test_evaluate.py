@@ -1,6 +1,7 @@
 """python -m delvm.evaluate: any model folder, with and without a recipe."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -147,13 +148,18 @@ def test_samples_and_tokens_of_the_run_are_used(root, capsys):
     assert "data: unchanged, reused" in capsys.readouterr().out
 
 
-def test_questions_need_no_recipe(root, capsys):
+def write_questions(root):
+    """`items.jsonl`, three times the same two candidates, and `lvm.jsonl`, two examples of tokens."""
     rng = np.random.default_rng(0)
     for name in "abcd":
         Image.fromarray(rng.integers(256, size=(8, 8, 3)).astype(np.uint8)).save(root / f"{name}.png")
     item = {"context": ["a.png", "b.png"], "candidates": ["c.png", "d.png"]}
     (root / "items.jsonl").write_text("".join(json.dumps(item | {"answer": n}) + "\n" for n in (0, 1, 0)))
     write_lvm(root / "lvm.jsonl", [rng.integers(16, size=12), rng.integers(16, size=20)])
+
+
+def test_questions_need_no_recipe(root, capsys):
+    write_questions(root)
     status, metrics = run(root, "--choices", root / "items.jsonl", "--lvm-jsonl", root / "lvm.jsonl")
     assert status == 0
     assert set(metrics) == {"model", "tokenizer", "choice", "lvm"}
@@ -234,6 +240,18 @@ def test_refusals(root, capsys):
     llama.save(llama.build("micro", 16, 40, seed=0), model)
     said = refused(capsys, model, *mine)
     assert "has a vocabulary of 16, BOS and EOS of the sentences are 16 and 17" in said
+
+
+def test_a_model_without_numbers(root, capsys):
+    model = llama.load(root / "model")
+    model.model.norm.weight.data.fill_(math.nan)
+    llama.save(model, root / "burst")
+    said = f"error: {root / 'burst'}: its logits are no numbers (nan)"
+    assert refused(capsys, root / "burst", "--recipe", root / "mine.yaml") == said
+    write_questions(root)
+    assert refused(capsys, root / "burst", "--choices", root / "items.jsonl") == said
+    assert refused(capsys, root / "burst", "--lvm-jsonl", root / "lvm.jsonl") == said
+    assert not (root / "evaluation-burst" / "metrics.json").exists()
 
 
 def test_models_and_tokenizers_that_do_not_belong_together(root, capsys):

@@ -5,6 +5,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig
 
 from delvm import llama
+from delvm.errors import UserError
 from delvm.generation import complete, complete_by_token, complete_queries, complete_sequences
 from tools import bench_generation
 
@@ -296,11 +297,14 @@ def test_mixed_precision(model, prompts):
     assert drawn.unique().numel() > 2
 
 
-def test_a_model_without_numbers(model, prompts):
+def test_a_model_without_numbers(model, prompts, tmp_path):
     model.model.norm.weight.data.fill_(math.nan)
     for temperature in (0.0, 1.0):
-        with pytest.raises(ValueError, match=r"^model: its logits are no numbers"):
+        with pytest.raises(UserError, match=r"^the model: its logits are no numbers \(nan\)$"):
             complete(model, prompts, 2, NUM_CODES, temperature=temperature)
+    llama.save(model, tmp_path / "burst")
+    with pytest.raises(UserError, match=f"^{tmp_path}/burst: its logits are no numbers"):
+        complete(llama.load(tmp_path / "burst"), prompts, 2, NUM_CODES)
 
 
 def test_the_last_position_can_be_filled(model, prompts):

@@ -190,7 +190,7 @@ def candidate_losses(
     bos: the id that a context begins with. progress is called with the number of questions done.
 
     Raises:
-        UserError: a question that is longer than what the model takes.
+        UserError: a question that is longer than what the model takes; a model whose logits are no numbers.
     """
     positions = model.config.max_position_embeddings
     begin = torch.tensor([] if bos is None else [bos], dtype=torch.int64)

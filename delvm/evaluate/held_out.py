@@ -131,6 +131,9 @@ def measure(
             sentences have.
         scorers: how they are scored, by task; others are not.
         progress: called with the number of sentences done since its last call.
+
+    Raises:
+        UserError: a model whose logits are no numbers.
     """
     found = Findings()
     likelihood.check(model, held.sentences, {task: form.roles for task, form in held.forms.items()})
@@ -218,6 +221,9 @@ def evaluate(
         "pictures": against the "truth", against its "reconstruction", and the "ceiling", see `ceilings`; of
         annotations "examples" and "places", see `Findings`. And rows of captioned pictures by task: what a
         sentence shows, the truth, and each model's own.
+
+    Raises:
+        UserError: as `measure`.
     """
     held = HeldOut(store, tokenizer, forms, config, views, seed)
     pictures, scores = shown(held, prompting.pictures), dict[str, dict[str, dict]]()

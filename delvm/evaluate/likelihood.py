@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
+from delvm import llama
+from delvm.errors import UserError
 from delvm.tokens.sentences import ANNOTATION, SPECIAL
 
 
@@ -39,6 +41,9 @@ def score_tokens(
     sentences: (num, length) int64. The targets are the tokens from place `first`, at least 1, to the last.
     Every id is scored against the full vocabulary, special ids included, in float32. progress is called with
     the number of sentences done since its last call.
+
+    Raises:
+        UserError: the model's logits are no numbers.
     """
     assert first >= 1, "nothing stands before the first token"
     was_training = model.training
@@ -54,6 +59,8 @@ def score_tokens(
                 logits = model.lm_head(row).float()
                 scores.nll[place] = functional.cross_entropy(logits, expected, reduction="none")
                 scores.hits[place] = logits.argmax(-1) == expected
+            if scores.nll[places].isnan().any():
+                raise UserError(f"{llama.called(model)}: its logits are no numbers (nan)")
             if progress is not None:
                 progress(len(places))
     finally:
