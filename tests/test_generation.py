@@ -376,10 +376,30 @@ def test_impossible_sequences(model, frames, changes, message):
 def test_the_benchmark_compares_the_same_tokens(monkeypatch, capsys):
     small = ["--width", "64", "--layers", "2", "--prompt", "24", "--tokens", "8", "--batch", "1", "3"]
     monkeypatch.setattr("sys.argv", ["bench", *small, "--rounds", "1", "--precision", "fp32"])
-    bench_generation.main()
+    status = bench_generation.main()
     printed = capsys.readouterr().out
+    assert status == int("missed: " in printed)
     assert printed.startswith("0.6M parameters, 24 + 8 tokens, 1 rounds\n")
-    for batch in (1, 3):
+    for batch in (1, 3):  # whatever this machine's times are
         (row,) = (line for line in printed.splitlines() if line.startswith(f"| fp32, batch {batch} |"))
         assert row.endswith("| 100.0% | 100.0% |")
         assert f": fp32, batch {batch}: " in printed
+
+
+@pytest.mark.parametrize(
+    ("faster", "equal", "precision", "status", "verdict"),
+    [
+        (1.5, 1.0, "fp32", 0, "generate; wanted: at least 1.5, with equal tokens\n"),
+        (1.49, 1.0, "fp32", 1, "missed: fp32, batch 1: 1.49 times as fast"),
+        (9.0, 0.99, "fp32", 1, "missed: fp32, batch 1: 9.00 times as fast"),
+        (1.8, 0.99, "bf16", 0, "held: bf16, batch 1: 1.80 times as fast as generate; wanted: at least 1.8\n"),
+        (1.79, 1.0, "bf16", 1, "missed: bf16, batch 1: 1.79 times as fast"),
+    ],
+)  # fmt: skip
+def test_the_verdict_of_the_benchmark(monkeypatch, capsys, faster, equal, precision, status, verdict):
+    found = bench_generation.Finding([1.0, 1 / faster, 0.1], [1.0, faster, 10.0], [1.0, equal, 1.0])
+    monkeypatch.setattr(bench_generation, "compare", lambda *_: found)
+    small = ["--width", "64", "--layers", "1", "--prompt", "24", "--tokens", "8", "--batch", "1"]
+    monkeypatch.setattr("sys.argv", ["bench", *small, "--threads", "1", "--precision", precision])
+    assert bench_generation.main() == status
+    assert verdict in capsys.readouterr().out
