@@ -47,6 +47,34 @@ def test_differences_are_taken_within_a_seed(runs):
     assert not one.shown
 
 
+def test_a_difference_below_zero(runs, capsys):
+    assert compare_probes.main([*map(str, runs), "--against", "student"]) == 0
+    said = capsys.readouterr().out
+    assert "-0.0300 ± 0.0058, below" in said
+    assert "-0.0200 ± 0.0493 " in said
+
+
+def test_runs_that_are_no_seeds_of_one_recipe(runs, capsys):
+    def refused(*folders):
+        assert compare_probes.main([*map(str, folders)]) == 2
+        return capsys.readouterr().err.strip()
+
+    assert refused(*[runs[1]] * 3) == f"error: {runs[1]}: seed 1, as {runs[1]}; each seed counts once"
+    (runs[2] / "recipe.yaml").write_text("name: probe\nseed: 0\n")
+    assert refused(*runs) == f"error: {runs[2]}: seed 0, as {runs[0]}; each seed counts once"
+    for place, folder in enumerate(runs):  # a probe of given models: those are the seeds
+        (folder / "recipe.yaml").write_text(
+            f"name: probe\nseed: 0\nprobe: {{readout: mean, models: {{student: runs/{place}/student}}}}\n"
+        )
+    assert compare_probes.main([*map(str, runs)]) == 0
+    capsys.readouterr()
+    (runs[2] / "recipe.yaml").write_text(
+        "name: probe\nseed: 2\nprobe: {readout: last, models: {student: s}}\n"
+    )
+    said = f"{runs[2]}: probe.readout is last, of {runs[0]} mean; only seeds are compared"
+    assert refused(*runs) == f"error: {said}"
+
+
 def test_the_command(runs, capsys):
     assert compare_probes.main([*map(str, runs)]) == 0
     said = capsys.readouterr().out

@@ -2,15 +2,15 @@
 
     python tools/compare_probes.py runs/probe-20 runs/probe-21 runs/probe-22 runs/probe-23
 
-A run each seed, of a recipe with `probe:`, with the same models. Differences are taken within a seed, whose
-models share tokenizer and pictures. One is said to be shown where it is farther from zero than two standard
-errors of its mean over the seeds.
+A run each seed, of a recipe with `probe:`, with the same models; else the recipes are the same, but for
+folders. Differences are taken within a seed, whose models share tokenizer and pictures. One is said to be
+shown, or below, where it is farther from zero than two standard errors of its mean over the seeds.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from delvm.console import table
 from delvm.errors import UserError, exit_status
-from delvm.evaluate.runs import read
+from delvm.evaluate.runs import ABSENT, OWN, differences, read
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,30 @@ class Row:
         """Whether the difference is beyond two standard errors."""
         return abs(float(np.mean(self.beyond))) > 2 * self.error
 
+    @property
+    def verdict(self) -> str:
+        """The same in words, to stand behind the difference."""
+        if not self.shown:
+            return ""
+        return ", shown" if np.mean(self.beyond) > 0 else ", below"
+
 
 def compare(folders: Sequence[Path], against: str) -> list[Row]:
     """A row for every classifier and model that all runs have.
 
     Raises:
-        UserError: a folder without a probe, or without the control.
+        UserError: a folder without a probe, or without the control; runs of the same seed, or of other
+            settings.
     """
-    probes = []
-    for folder in folders:
-        models: dict[str, Any] = read(folder)[1].get("probe", {}).get("models", {})
+    probes, found = [], [read(folder) for folder in folders]
+    for place, folder in enumerate(folders):
+        models: dict[str, Any] = found[place][1].get("probe", {}).get("models", {})
         if against not in models:
             choices = ", ".join(models) or "no probe"
             raise UserError(f"{folder}: probe has no '{against}' to compare with; it has: {choices}")
         probes.append(models)
+        for other in range(place):
+            _check_seeds(folder, found[place][0], folders[other], found[other][0])
     rows = []
     for kind in probes[0][against]:
         for model in probes[0]:
@@ -69,6 +79,19 @@ def compare(folders: Sequence[Path], against: str) -> list[Row]:
     return rows
 
 
+def _check_seeds(folder: Path, recipe: Mapping, other: Path, others: Mapping) -> None:
+    """Refuse two runs that are not the same but for their seed, or whose models are the same."""
+    seed, apart = recipe.get("seed", 0), differences([recipe, others])
+    given = {key for key in apart if key.startswith("probe.models.") or key.endswith("folder")}
+    for key, (mine, theirs) in apart.items():
+        # a plain setting that one lacks is most often one that its version of the project did not have
+        if key in OWN or key in given or (ABSENT in (mine, theirs) and "{…}" not in (mine, theirs)):
+            continue
+        raise UserError(f"{folder}: {key} is {mine}, of {other} {theirs}; only seeds are compared")
+    if seed == others.get("seed", 0) and not given:
+        raise UserError(f"{folder}: seed {seed}, as {other}; each seed counts once")
+
+
 def show(rows: Sequence[Row], against: str) -> None:
     """The table."""
     lines = []
@@ -76,7 +99,7 @@ def show(rows: Sequence[Row], against: str) -> None:
         low, high = min(row.top1), max(row.top1)
         beyond = "" if row.model == against else f"{np.mean(row.beyond):+.4f}"
         if beyond and not math.isnan(row.error):
-            beyond += f" ± {row.error:.4f}" + (", shown" if row.shown else "")
+            beyond += f" ± {row.error:.4f}" + row.verdict
         lines.append([row.classifier, row.model, f"{np.mean(row.top1):.4f}", f"{low:.4f}-{high:.4f}", beyond])
     columns = ["classifier", "model", "mean", "range", f"beyond {against}"]
     table(f"top-1 over {len(rows[0].top1)} seeds", columns, lines)
