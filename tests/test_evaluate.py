@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from delvm import chain, llama, recipe
+from delvm.evaluate import choice
 from delvm.evaluate.__main__ import load_recipe, main
-from delvm.evaluate.held_out import HeldOut, measure
+from delvm.evaluate.held_out import HeldOut, ceilings, measure, scorers_of
 from delvm.evaluate.prompting import load_pictures
 from delvm.given import Given
 from delvm.material import open_samples
@@ -54,9 +56,11 @@ def run(root, *more):
     return status, json.loads((root / "out" / "metrics.json").read_text())
 
 
-def expected(root, run_dir):
-    """What is measured of the model on the recipe's held-out samples, listed and encoded in `run_dir`."""
+def expected(root, run_dir, *more):
+    """What is measured of the model on the recipe's held-out samples, listed and encoded in `run_dir`, and
+    the ceilings."""
     settings = [
+        *more,
         f"tokenizer.folder={root / 'tokenizer'}",
         "teacher=null",
         "student=null",
@@ -69,7 +73,9 @@ def expected(root, run_dir):
         material.store(tokenizer.hash), tokenizer, material.plan.forms, found.sentences,
         material.views("validation"), found.seed,
     )  # fmt: skip
-    return measure(llama.load(root / "model"), held, found.prompting, examples=7)
+    scorers = scorers_of(found.tasks, {})
+    measured = measure(llama.load(root / "model"), held, found.prompting, examples=7, scorers=scorers)
+    return measured, ceilings(held, found.prompting.queries, scorers)
 
 
 def encode(root):
@@ -78,15 +84,15 @@ def encode(root):
     chain.Run(recipe.load(root / "mine.yaml", settings)).fit(until="tokens")
 
 
-def test_held_out_samples_of_a_recipe_that_never_ran(root, capsys):
-    status, metrics = run(root, "--recipe", root / "mine.yaml", "prompting.queries=3")
+def test_held_out_samples_of_a_recipe_that_never_ran(root, tokenizer, capsys):
+    status, metrics = run(root, "--recipe", root / "mine.yaml", "prompting.queries=2")
     assert status == 0
     assert not (root / "run").exists()
     # training samples are not encoded, but for one a task
     manifest = json.loads((root / "out" / "tokens" / "manifest.json").read_text())
     assert [entry["train"]["shape"][:2] for entry in manifest["tasks"].values()] == [[1, 1], [1, 1]]
     encode(root)
-    found = expected(root, root / "run")
+    found, best = expected(root, root / "run", "prompting.queries=2")
     assert metrics["likelihood"] == {task: pytest.approx(entry) for task, entry in found.scores.items()}
     # BOS, 4 pairs of 8 tokens and EOS of 40 positions; the pairs have fewer held-out samples than 7
     examples = {task: {str(n): entry for n, entry in some.items()} for task, some in found.examples.items()}
@@ -95,10 +101,16 @@ def test_held_out_samples_of_a_recipe_that_never_ran(root, capsys):
         assert metrics["examples"][task] == {n: pytest.approx(entry) for n, entry in some.items()}
     assert np.array(metrics["places"]["grey"]).shape == (2, 2)
     assert list(metrics["pictures"]) == ["shapes", "grey"]
-    for task, metric in (("shapes", "miou"), ("grey", "mse")):
-        for against in ("truth", "reconstruction", "ceiling"):
-            assert 0 <= metrics["pictures"][task][against][metric] <= 1
+    for task, drawn in metrics["pictures"].items():
+        against = {**found.drawn[task], "ceiling": best[task]}
+        assert drawn == {key: pytest.approx(entry) for key, entry in against.items()}
     saved = load_pictures(root / "out" / "pictures")
+    truth, made = (np.stack([row[place][1] for row in saved["grey"]]) / 255 for place in (3, 4))
+    assert metrics["pictures"]["grey"]["truth"]["mse"] == pytest.approx(((made - truth) ** 2).mean())
+    kept = tokenizer.decode(tokenizer.encode(torch.from_numpy(truth).float().permute(0, 3, 1, 2)))
+    kept = (kept.permute(0, 2, 3, 1) * 255).round().numpy() / 255
+    assert metrics["pictures"]["grey"]["ceiling"]["mse"] == pytest.approx(((kept - truth) ** 2).mean())
+    assert metrics["pictures"]["grey"]["reconstruction"]["mse"] == pytest.approx(((made - kept) ** 2).mean())
     assert [caption for caption, _ in saved["grey"][1]] == [
         "example",
         "annotation",
@@ -107,6 +119,10 @@ def test_held_out_samples_of_a_recipe_that_never_ran(root, capsys):
         "model",
     ]
     np.testing.assert_array_equal(saved["grey"][1][-1][1], found.pictures["grey"][1])
+    events = EventAccumulator(str(root / "out" / "tensorboard")).Reload()
+    (point,) = events.Scalars("likelihood/grey/loss")
+    assert point.value == pytest.approx(metrics["likelihood"]["grey"]["loss"])
+    assert events.Tags()["images"] == ["pictures/shapes", "pictures/grey"]
     page = (root / "out" / "report.html").read_text()
     assert "evaluation of model" in page
     assert f"{metrics['likelihood']['grey']['loss']:.3f}" in page
@@ -125,9 +141,13 @@ def test_samples_and_tokens_of_the_run_are_used(root, capsys):
         "metrics.json",
         "pictures",
         "report.html",
+        "tensorboard",
     ]
     assert metrics["pictures"] == {}
-    ours = {task: pytest.approx(entry) for task, entry in expected(root, root / "run").scores.items()}
+    ours = {
+        task: pytest.approx(entry)
+        for task, entry in expected(root, root / "run", "prompting.queries=0")[0].scores.items()
+    }
     assert metrics["likelihood"] == ours
     # of other samples they are not
     status, other = run(root, "seed=1", "--recipe", root / "mine.yaml", "prompting.queries=0")
@@ -240,6 +260,14 @@ def test_refusals(root, capsys):
     llama.save(llama.build("micro", 16, 40, seed=0), model)
     said = refused(capsys, model, *mine)
     assert "has a vocabulary of 16, BOS and EOS of the sentences are 16 and 17" in said
+
+
+def test_a_place_that_cannot_be_written_to_is_found_first(root, capsys, monkeypatch):
+    write_questions(root)
+    monkeypatch.setattr(choice, "candidate_losses", lambda *_, **__: pytest.fail("measured"))
+    (root / "file").write_text("")
+    said = refused(capsys, root / "model", "--choices", root / "items.jsonl", "--out", root / "file" / "out")
+    assert said == f"error: {root / 'file' / 'out' / '.pictures.partial'}: Not a directory"
 
 
 def test_a_model_without_numbers(root, capsys):

@@ -10,7 +10,7 @@ by task, by the number of example pairs and by place in the picture, and scores 
 draws. What the recipe's run folder has listed and encoded with this tokenizer is used; else the held-out
 samples are listed and encoded in --out. Nothing is trained, and no training sample is evaluated on.
 
-Leaves metrics.json, report.html and pictures/ in --out.
+Leaves metrics.json, report.html, pictures/ and tensorboard/ in --out.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from delvm import chain, student
 from delvm import recipe as recipes
 from delvm.console import console, show_scores, table
 from delvm.errors import UserError, exit_status
-from delvm.evaluate import choice, held_out, likelihood
+from delvm.evaluate import board, choice, held_out, likelihood
 from delvm.evaluate.choice import Question
 from delvm.evaluate.held_out import HeldOut, Metrics
 from delvm.evaluate.prompting import Picture, save_pictures
@@ -88,10 +88,13 @@ def run(options: argparse.Namespace) -> None:
         held = open_held_out(recipe, tokenizer, out)
         check_held_out(options.model, judged, held)
 
+    questions = choice.encode_items(items, tokenizer)
+    begin_pictures(out)  # a place that cannot be written to is found before anything is measured
+
     metrics: dict[str, Any] = {"model": str(options.model), "tokenizer": tokenizer.hash}
     rows: dict[str, list[list[Picture]]] = {}
     if items:
-        losses = candidate_losses(judged, choice.encode_items(items, tokenizer), "choices")
+        losses = candidate_losses(judged, questions, "choices")
         metrics["choice"] = choice.accuracies(items, losses)
     if examples:
         losses = candidate_losses(judged, examples, "LVM's examples")
@@ -100,10 +103,10 @@ def run(options: argparse.Namespace) -> None:
         found, rows = measure(judged, held, recipe, name, options)
         metrics |= found
 
-    out.mkdir(parents=True, exist_ok=True)
     write_pictures(out, rows)
     write_atomic(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_atomic(out / "report.html", render(report(name, metrics, rows, recipe)))
+    board.write(out / "tensorboard", {key: metrics[key] for key in MEASURED if key in metrics}, rows)
     show(name, metrics)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True)
 
@@ -245,11 +248,17 @@ def candidate_losses(judged: Student, questions: Sequence[Question], title: str)
 # --- what is said of it ---
 
 
+def begin_pictures(out: Path) -> Path:
+    """An empty folder in `out`, which is made where it is not there."""
+    partial = out / ".pictures.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
 def write_pictures(out: Path, rows: dict[str, list[list[Picture]]]) -> None:
     """`pictures/`, in place of an old one once it is whole."""
-    folder, partial = out / "pictures", out / ".pictures.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    folder, partial = out / "pictures", begin_pictures(out)
     save_pictures(partial, rows)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -299,6 +308,8 @@ def show(name: str, metrics: dict[str, Any]) -> None:
         console.print(f"LVM's perplexity: {entry['perplexity']:.2f}{error}, {entry['examples']} examples")
 
 
+MEASURED = ("likelihood", "examples", "places", "pictures", "choice", "lvm")
+"""What TensorBoard shows."""
 BY_TASK = ("examples", "places", "pictures")
 """What the page shows of a task beside its likelihood."""
 TABLES = {
