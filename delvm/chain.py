@@ -11,7 +11,7 @@ from delvm import console, llama, ranks, teach
 from delvm import recipe as recipes
 from delvm.distill.cache import MANIFEST
 from delvm.errors import UserError
-from delvm.evaluate import held_out, probe, prompting
+from delvm.evaluate import held_out, probe, prompting, scores
 from delvm.export import export
 from delvm.finetune import arms
 from delvm.given import ROLES, Given
@@ -124,14 +124,15 @@ class Run:
         recipe, material = self.recipe, self.material
         device = recipe.trainer.device()
         tokenizer = material.tokenizer().to(device)
-        scores, pictures = held_out.evaluate(
+        found, pictures, by_picture = held_out.evaluate(
             {role: self.dir / role for role in self.given.models}, material.store(tokenizer.hash), tokenizer,
             material.plan.forms, recipe.sentences, recipe.prompting,
             views=material.views("validation"), seed=recipe.seed, device=device,
             scorers=held_out.scorers_of(self.given.image_tasks, recipe.prompting.scores),
         )  # fmt: skip
         prompting.save_pictures(folder / "pictures", pictures)
-        return scores
+        scores.save(by_picture, folder / "by_picture.json")
+        return found
 
     def probe(self, folder: Path) -> dict:
         """Models and pictures of classes -> how well the classes can be read from the models' features."""

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from delvm.evaluate.gallery import extremes, heat_maps, png, psnr
+from delvm.evaluate.scores import Scored
 
 
 def _flat(value):
@@ -35,6 +36,34 @@ def test_rows_are_named_by_how_close_the_student_comes():
 def test_a_teacher_alone_is_judged():
     rows = [[("truth", _flat(9)), ("teacher", _flat(value))] for value in (30, 10, 20)]
     assert [row[1][1][0, 0, 0] for _, row in extremes(rows)[0]] == [10, 20, 30]
+
+
+def test_a_model_of_any_name_is_judged():
+    rows = [[("truth", _flat(9)), ("lvm-7b", _flat(value))] for value in (30, 10, 20)]
+    assert [row[1][1][0, 0, 0] for _, row in extremes(rows)[0]] == [10, 20, 30]
+    alone = [[("query", _flat(1)), ("truth", _flat(9))]] * 3
+    assert extremes(alone) == ([("", row) for row in alone], [])
+
+
+def test_rows_are_ranked_by_the_tasks_own_score():
+    rows = [_row(100 + value) for value in (0, 1, 2, 3)]  # by PSNR in this order
+    worth = np.array([0.2, 0.5, math.nan, 0.9, 1.0])  # of one more that is not shown
+    shown, others = extremes(rows, {"student": Scored({"foreground_iou": 0.6, "x": 1.0}, worth, True)})
+    assert shown == [
+        ("best, foreground iou 0.900", rows[3]),
+        ("median, foreground iou 0.500", rows[1]),
+        ("worst, foreground iou 0.200", rows[0]),
+    ]
+    assert others == [rows[2]]
+    (best, row), *_ = extremes(rows, {"student": Scored({"mse": 0.1}, worth, False)})[0]
+    assert (best, row) == ("best, mse 0.200", rows[0])
+    # of another model, of fewer pictures, of too few that show something: by PSNR
+    for name, values in (
+        ("teacher", worth),
+        ("student", worth[:3]),
+        ("student", worth * [1, 1, 1, math.nan, 1]),
+    ):
+        assert extremes(rows, {name: Scored({"mse": 0.1}, values, False)}) == extremes(rows)
 
 
 def test_rows_that_cannot_be_compared_stay_as_they_are():

@@ -213,10 +213,19 @@ def test_several_models(held, model, tmp_path):
     other = llama.build("micro", 18, 60, bos=16, eos=17, seed=1)
     for name, saved in (("teacher", model), ("student", other)):
         llama.save(saved, tmp_path / name)
-    scores, pictures = held_out.evaluate(
+    scores, pictures, scored = held_out.evaluate(
         {name: tmp_path / name for name in ("teacher", "student")}, held.store, held.tokenizer, held.forms,
         CONFIG, PromptingConfig(pictures=2), views=held.views, seed=3, device=torch.device("cpu"),
+        scorers={"shade": MSE},
     )  # fmt: skip
+    assert {task: list(models) for task, models in scored.items()} == {"shade": ["teacher", "student"]}
+    of_last = [
+        float((((row[-1][1].astype(float) - dict(row)["truth"]) / 255) ** 2).mean())
+        for row in pictures["shade"]
+    ]
+    assert scored["shade"]["student"].by_picture[:2] == pytest.approx(of_last)
+    mean = scores["student"]["shade"]["pictures"]["truth"]["mse"]
+    assert scored["shade"]["student"].by_picture.mean() == pytest.approx(mean)
     assert list(scores) == ["teacher", "student"]
     found = measure(model, held, PromptingConfig(pictures=2))
     assert scores["teacher"]["film"] == found.scores["film"]  # no annotations

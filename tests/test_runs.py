@@ -80,6 +80,12 @@ def test_a_finished_run_is_read(finished):
     metrics = json.loads((finished / "run" / "metrics.json").read_text())
     assert found.scores == metrics["evaluate"]
     assert list(found.pictures) == ["segmentation", "pose", "grey"]
+    for task, metric in (("segmentation", "miou"), ("grey", "mse")):
+        worth = found.scored[task]["student"]
+        of_task = metrics["evaluate"]["student"][task]["pictures"]["truth"]
+        assert {key: value for key, value in worth.metrics.items() if value is not None} == of_task
+        assert next(iter(worth.metrics)) == metric
+        assert len(worth.by_picture) == 5  # held-out sentences, fewer than prompting.queries
     assert [group.name for group in runs.groups([finished / "run"])] == ["micro"]
 
 

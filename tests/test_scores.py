@@ -10,6 +10,7 @@ from delvm.evaluate.scores import (
     PASCAL_CLASSES,
     SCORES,
     THRESHOLDS,
+    Scored,
     colours_of,
     confusion,
     covering,
@@ -19,12 +20,14 @@ from delvm.evaluate.scores import (
     foreground,
     foreground_masks,
     kind_of,
+    load,
     mean_iou,
     nearest,
     palette_of,
     pascal_5i,
     pose,
     restoration,
+    save,
     score,
     segmentation,
 )
@@ -233,6 +236,24 @@ def test_difference_by_hand():
     assert found.metrics == pytest.approx({"mse": 1.04 / 24})
     assert difference(truth, made).metrics == found.metrics
     assert not found.higher_is_better
+
+
+# -- on disk
+
+
+def test_scores_of_pictures_are_saved_and_loaded(tmp_path):
+    scored = {
+        "pose": {"student": Scored({"pck_0.1": math.nan, "oks": 0.5}, np.array([0.25, math.nan]), True)},
+        "grey": {"a": Scored({"mse": 0.1}, np.array([0.0, 0.2]), False)},
+    }
+    save(scored, tmp_path / "worth.json")
+    assert "NaN" not in (tmp_path / "worth.json").read_text()
+    found = load(tmp_path / "worth.json")
+    np.testing.assert_array_equal(found["pose"]["student"].by_picture, [0.25, math.nan])
+    assert next(iter(found["pose"]["student"].metrics)) == "pck_0.1"  # the main one
+    assert found["grey"]["a"].metrics == {"mse": 0.1}
+    assert (found["pose"]["student"].higher_is_better, found["grey"]["a"].higher_is_better) == (True, False)
+    assert load(tmp_path / "none.json") == {}
 
 
 # -- edges

@@ -35,6 +35,7 @@ from delvm.evaluate.choice import Question
 from delvm.evaluate.held_out import HeldOut, Metrics
 from delvm.evaluate.prompting import Picture, save_pictures
 from delvm.evaluate.report import Report, render
+from delvm.evaluate.scores import Scored
 from delvm.given import ROLES, Given
 from delvm.images.sources import SPLITS
 from delvm.material import Material, open_samples
@@ -93,6 +94,7 @@ def run(options: argparse.Namespace) -> None:
 
     metrics: dict[str, Any] = {"model": str(options.model), "tokenizer": tokenizer.hash}
     rows: dict[str, list[list[Picture]]] = {}
+    scored: dict[str, Scored] = {}
     if items:
         losses = candidate_losses(judged, questions, "choices")
         metrics["choice"] = choice.accuracies(items, losses)
@@ -100,12 +102,12 @@ def run(options: argparse.Namespace) -> None:
         losses = candidate_losses(judged, examples, "LVM's examples")
         metrics["lvm"] = likelihood.mean_perplexity([loss.item() for loss in losses])
     if recipe and held:
-        found, rows = measure(judged, held, recipe, name, options)
+        found, rows, scored = measure(judged, held, recipe, name, options)
         metrics |= found
 
     write_pictures(out, rows)
     write_atomic(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_atomic(out / "report.html", render(report(name, metrics, rows, recipe)))
+    write_atomic(out / "report.html", render(report(name, metrics, rows, scored, recipe)))
     board.write(out / "tensorboard", {key: metrics[key] for key in MEASURED if key in metrics}, rows)
     show(name, metrics)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True)
@@ -221,8 +223,8 @@ def _id(token: int | None) -> str:
 
 def measure(
     judged: Student, held: HeldOut, recipe: Recipe, name: str, options: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, list[list[Picture]]]]:
-    """What metrics.json says of the held-out samples, and the pictures to look at."""
+) -> tuple[dict[str, Any], dict[str, list[list[Picture]]], dict[str, Scored]]:
+    """What metrics.json says of the held-out samples, the pictures to look at, and what these are worth."""
     scorers = held_out.scorers_of(recipe.tasks, recipe.prompting.scores)
     with tqdm(desc="held-out", unit="sentence") as bar:
         found = held_out.measure(
@@ -236,7 +238,7 @@ def measure(
         drawn[task]["ceiling"] = ceiling
     examples = {task: found.by_number(task) for task in found.examples}
     metrics = {"likelihood": found.scores, "examples": examples, "places": found.places, "pictures": drawn}
-    return metrics, rows
+    return metrics, rows, found.scored
 
 
 def candidate_losses(judged: Student, questions: Sequence[Question], title: str) -> list[Tensor]:
@@ -265,7 +267,11 @@ def write_pictures(out: Path, rows: dict[str, list[list[Picture]]]) -> None:
 
 
 def report(
-    name: str, metrics: dict[str, Any], rows: dict[str, list[list[Picture]]], recipe: Recipe | None
+    name: str,
+    metrics: dict[str, Any],
+    rows: dict[str, list[list[Picture]]],
+    scored: dict[str, Scored],
+    recipe: Recipe | None,
 ) -> Report:
     """The page."""
     facts = [("model", metrics["model"])]
@@ -276,7 +282,11 @@ def report(
     tables = {title: metrics[key] for key, title in TABLES.items() if key in metrics}
     text = recipes.to_yaml(recipe) if recipe else ""
     scores = {name: judged} if judged else {}
-    return Report(f"evaluation of {name}", facts, scores=scores, pictures=rows, tables=tables, recipe=text)
+    by_picture = {task: {name: each} for task, each in scored.items()}
+    return Report(
+        f"evaluation of {name}", facts, scores=scores, pictures=rows, scored=by_picture, tables=tables,
+        recipe=text,
+    )  # fmt: skip
 
 
 def show(name: str, metrics: dict[str, Any]) -> None:

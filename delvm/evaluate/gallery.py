@@ -8,32 +8,50 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
+from delvm.evaluate.scores import Scored
+from delvm.evaluate.tables import measure
+
 PictureRow = Sequence[tuple[str, np.ndarray]]
 
 JUDGED = ("student", "teacher", "scratch")
-"""Whose pictures rank the rows: the first of these that has drawn any."""
+"""Whose pictures rank the rows: the first of these that has drawn any, else the last model."""
 _SHADES = np.array([[255, 247, 230], [240, 134, 58], [96, 24, 40]], np.float64)  # low, middle, high
 _CELL = 8  # pixels of a number of a grid
 
 
-def extremes(rows: Sequence[PictureRow]) -> tuple[list[tuple[str, PictureRow]], list[PictureRow]]:
-    """Name the rows in which a model comes closest to the truth, farthest from it, and those between.
+def extremes(
+    rows: Sequence[PictureRow], scored: Mapping[str, Scored] | None = None
+) -> tuple[list[tuple[str, PictureRow]], list[PictureRow]]:
+    """Name the rows in which a model does best, worst, and those between.
 
-    Closeness is the PSNR of the picture captioned with the first of JUDGED that the rows have, against that
-    captioned "truth".
+    By the task's own score of that model's pictures; without one, by the PSNR of the picture captioned with
+    the model's name against that captioned "truth".
+
+    Args:
+        rows: pictures with their captions; those of models stand behind the truth.
+        scored: by model, what the pictures of these rows (and perhaps of more that are not shown) are worth.
 
     Returns:
-        ("best", "median" and "worst" with the PSNR, row), and the other rows as they came; under three rows,
-        or where nothing can be compared, all of them unnamed.
+        ("best", "median" and "worst" with the score, row), and the other rows as they came; under three that
+        can be compared, all of them unnamed.
     """
     pictures = [dict(row) for row in rows]
-    judged = next((model for model in JUDGED if all(model in row for row in pictures)), None)
-    if len(rows) < 3 or judged is None or not all("truth" in row for row in pictures):
+    models = [*JUDGED, *(row[-1][0] for row in rows[:1])]
+    judged = next((name for name in models if all(name in row for row in pictures)), "truth")
+    if len(rows) < 3 or judged == "truth" or not all("truth" in row for row in pictures):
         return [("", row) for row in rows], []
-    closeness = [psnr(row[judged], row["truth"]) for row in pictures]
-    order = sorted(range(len(rows)), key=lambda place: -closeness[place])
+    own = (scored or {}).get(judged)
+    worth = [math.nan] * len(rows) if own is None else own.by_picture[: len(rows)].tolist()
+    if own is not None and len(worth) == len(rows) and sum(map(math.isfinite, worth)) >= 3:
+        key, sign = next(iter(own.metrics)), 1 if own.higher_is_better else -1
+        said = [f"{key.replace('_', ' ')} {measure(key, value)}" for value in worth]
+    else:
+        worth, sign = [psnr(row[judged], row["truth"]) for row in pictures], 1
+        said = [f"{value:.1f} dB" for value in worth]
+    ranked = [place for place, value in enumerate(worth) if not math.isnan(value)]  # else nothing to score
+    order = sorted(ranked, key=lambda place: -sign * worth[place])
     named = {"best": order[0], "median": order[(len(order) - 1) // 2], "worst": order[-1]}
-    shown = [(f"{name}, {closeness[place]:.1f} dB", rows[place]) for name, place in named.items()]
+    shown = [(f"{name}, {said[place]}", rows[place]) for name, place in named.items()]
     return shown, [row for place, row in enumerate(rows) if place not in named.values()]
 
 

@@ -104,6 +104,8 @@ class Findings:
     drawn: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     """Scores of generated pictures against the "truth", and against its "reconstruction" by the tokenizer,
     which is the best that codes can show."""
+    scored: dict[str, Scored] = field(default_factory=dict)
+    """Of the pictures against the truth, one by one: the first of them are `pictures`."""
     pictures: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """The last pictures of the first sentences as the model draws them, (H, W, 3) uint8."""
 
@@ -155,7 +157,7 @@ def measure(
         drawn = _draw(model, held, task, wanted, prompting)
         found.pictures[task] = drawn[: prompting.pictures]
         if scorer:
-            found.drawn[task] = _compare(held, task, drawn[: prompting.queries], scorer)
+            found.drawn[task], found.scored[task] = _compare(held, task, drawn[: prompting.queries], scorer)
     return found
 
 
@@ -178,7 +180,7 @@ def ceilings(held: HeldOut, queries: int, scorers: Mapping[str, Scorer]) -> dict
         if queries and task in scorers and task in held.views:
             picks = held.picks(task)[:queries, -1]
             found[task] = _finite(
-                scorers[task], held.reconstructions(task, picks), held.pictures(task, picks)
+                _score(scorers[task], held.reconstructions(task, picks), held.pictures(task, picks))
             )
     return found
 
@@ -207,7 +209,7 @@ def evaluate(
     seed: int,
     device: torch.device,
     scorers: Mapping[str, Scorer] | None = None,
-) -> tuple[dict[str, dict[str, dict]], dict[str, list[list[Picture]]]]:
+) -> tuple[dict[str, dict[str, dict]], dict[str, list[list[Picture]]], dict[str, dict[str, Scored]]]:
     """Score every model on the same sentences, and let it complete the first of them.
 
     Args:
@@ -220,7 +222,8 @@ def evaluate(
         Scores by model and task as `likelihood.evaluate` gives them, with those of the generated pictures as
         "pictures": against the "truth", against its "reconstruction", and the "ceiling", see `ceilings`; of
         annotations "examples" and "places", see `Findings`. And rows of captioned pictures by task: what a
-        sentence shows, the truth, and each model's own.
+        sentence shows, the truth, and each model's own. And what these are worth one
+        by one, by task and model.
 
     Raises:
         UserError: as `measure`.
@@ -228,6 +231,7 @@ def evaluate(
     held = HeldOut(store, tokenizer, forms, config, views, seed)
     pictures, scores = shown(held, prompting.pictures), dict[str, dict[str, dict]]()
     best = ceilings(held, prompting.queries, scorers or {})
+    by_picture: dict[str, dict[str, Scored]] = {}
     total = len(models) * len(held.sentences) * config.validation
     with tqdm(total=total, desc="evaluate", unit="sentence") as bar:
         for name, folder in models.items():
@@ -239,8 +243,10 @@ def evaluate(
             for task, drawn in found.drawn.items():
                 ceiling = {"ceiling": best[task]} if task in best else {}
                 scores[name][task]["pictures"] = drawn | ceiling
+            for task, scored in found.scored.items():
+                by_picture.setdefault(task, {})[name] = scored
             add_drawn(pictures, name, found)
-    return scores, pictures
+    return scores, pictures, by_picture
 
 
 def add_drawn(rows: Mapping[str, list[list[Picture]]], name: str, found: Findings) -> None:
@@ -276,23 +282,32 @@ def _draw(
     return decoded_pictures(held.tokenizer, torch.cat(codes))
 
 
-def _compare(held: HeldOut, task: str, drawn: list[np.ndarray], scorer: Scorer) -> dict[str, Metrics]:
-    """Scores of the drawn pictures against what they should be; of tasks of tokens there is no truth."""
+def _compare(
+    held: HeldOut, task: str, drawn: list[np.ndarray], scorer: Scorer
+) -> tuple[dict[str, Metrics], Scored]:
+    """Scores of the drawn pictures against what they should be; of tasks of tokens there is no truth.
+
+    And against the first of these picture by picture.
+    """
     picks = held.picks(task)[: len(drawn), -1]
     kept = held.reconstructions(task, picks)
     if task not in held.views:
-        return {"reconstruction": _finite(scorer, drawn, kept)}
+        of_kept = _score(scorer, drawn, kept)
+        return {"reconstruction": _finite(of_kept)}, of_kept
     truth = held.pictures(task, picks)
-    against_kept = _finite(scorer, drawn, kept, labels=np.stack(truth))
-    return {"truth": _finite(scorer, drawn, truth), "reconstruction": against_kept}
+    of_truth, of_kept = _score(scorer, drawn, truth), _score(scorer, drawn, kept, labels=np.stack(truth))
+    return {"truth": _finite(of_truth), "reconstruction": _finite(of_kept)}, of_truth
 
 
-def _finite(
+def _score(
     scorer: Scorer, generated: list[np.ndarray], truth: list[np.ndarray], **settings: np.ndarray
-) -> Metrics:
+) -> Scored:
+    return scorer(np.stack(generated), np.stack(truth), **settings)
+
+
+def _finite(scored: Scored) -> Metrics:
     """The metrics that are numbers: where the truth shows nothing to score, some are not."""
-    metrics = scorer(np.stack(generated), np.stack(truth), **settings).metrics
-    return {key: value for key, value in metrics.items() if math.isfinite(value)}
+    return {key: value for key, value in scored.metrics.items() if math.isfinite(value)}
 
 
 def _examples_before(form: Form) -> Tensor:

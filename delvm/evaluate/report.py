@@ -18,6 +18,7 @@ from markupsafe import Markup
 from delvm.evaluate.charts import Curve, Line, chart, finite, mean_curve, smooth, window
 from delvm.evaluate.comparison import MODELS, headline, losses_of, mean_losses, ordered, shared_tasks
 from delvm.evaluate.gallery import PictureRow, extremes, heat_maps, png
+from delvm.evaluate.scores import Scored
 from delvm.evaluate.tables import Cell, Path, Table, Tree, measure, say, tables
 
 METRICS = {
@@ -62,6 +63,8 @@ class Report:
     """model -> task -> metrics, those of evaluate/likelihood.py first; what is nested has its own tables."""
     pictures: Mapping[str, Sequence[PictureRow]] = field(default_factory=dict)
     """task -> rows of (caption, (H, W, 3) uint8)."""
+    scored: Mapping[str, Mapping[str, Scored]] = field(default_factory=dict)
+    """task -> model -> what its pictures are worth, those of `pictures` first."""
     tables: Mapping[str, Tree] = field(default_factory=dict)
     """heading -> numbers nested in any way, see evaluate/tables.py."""
     recipe: str = ""
@@ -349,7 +352,8 @@ def _pictures(groups: Sequence[Group]) -> dict[str, list[dict[str, Any]]]:
             }
             for group in groups
             if task in group.runs[0].pictures
-            for shown, others in [extremes(group.runs[0].pictures[task])]
+            for run in group.runs[:1]
+            for shown, others in [extremes(run.pictures[task], run.scored.get(task))]
         ]
         for task in tasks
     }

@@ -10,6 +10,7 @@ import yaml
 
 from delvm import llama
 from delvm.errors import UserError
+from delvm.evaluate import scores
 from delvm.evaluate.prompting import load_pictures
 from delvm.evaluate.report import Group, Report
 
@@ -72,6 +73,7 @@ def report(folder: Path) -> Report:
     seconds = metrics.get("seconds", {})
     facts.append(("time", f"{sum(seconds.values()):.0f} s"))
     pictures = load_pictures(folder / "evaluate" / "pictures")
+    by_picture = scores.load(folder / "evaluate" / "by_picture.json")
     return Report(
         title=_title(recipe, folder),
         facts=facts,
@@ -80,6 +82,7 @@ def report(folder: Path) -> Report:
         curves=curves,
         scores=metrics.get("evaluate", {}),
         pictures={task: pictures[task] for task in recipe.get("tasks", {}) if task in pictures},
+        scored=by_picture,
         tables={
             {"seconds": "seconds by stage"}.get(key, key): value
             for key, value in metrics.items()

@@ -3,9 +3,12 @@
 Pictures are (n, H, W, 3) uint8. Where there is nothing to find and nothing was found, IoU and F are 1.
 """
 
+import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +33,31 @@ class Scored:
     """(n,) float64: the main metric of each picture alone. Its mean need not be that of the data set, which
     may count pixels over all pictures. NaN where the truth shows nothing to score."""
     higher_is_better: bool
+
+
+def save(scored: Mapping[str, Mapping[str, Scored]], file: Path) -> None:
+    """What models' pictures are worth, task -> model -> scores, as JSON; NaN becomes null."""
+
+    def plain(each: Scored) -> Any:
+        found = asdict(each) | {"by_picture": each.by_picture.tolist()}
+        return json.loads(json.dumps(found), parse_constant=lambda _: None)
+
+    text = {task: {name: plain(each) for name, each in models.items()} for task, models in scored.items()}
+    file.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+
+
+def load(file: Path) -> dict[str, dict[str, Scored]]:
+    """What `save` wrote; empty for a file that is not there."""
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        task: {
+            name: Scored(each["metrics"], np.array(each["by_picture"], np.float64), each["higher_is_better"])
+            for name, each in models.items()
+        }
+        for task, models in found.items()
+    }
 
 
 def score(
