@@ -11,6 +11,7 @@ from delvm.distill.sliceable import check, check_ends
 from delvm.errors import UserError
 from delvm.evaluate.features import Listing
 from delvm.evaluate.probe import list_splits
+from delvm.evaluate.readers import check_timm
 from delvm.finetune import arms
 from delvm.finetune.training import FinetuneConfig
 from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
@@ -110,9 +111,12 @@ class Given:
         """What tells the weights of each of `probe.models` from others.
 
         Raises:
-            UserError: one that cannot be read, or reads other codes than the tokenizer's.
+            UserError: one that cannot be read, or reads other codes than the tokenizer's; a name that timm
+                does not know.
         """
         hashes = {}
+        for name in self.recipe.probe.timm if self.recipe.probe else []:
+            check_timm(name)
         for name, folder in (self.recipe.probe.models if self.recipe.probe else {}).items():
             config, hashes[name] = _read_model(f"probe.models.{name}", folder, self.num_codes)
             self._check_layers(name, config)

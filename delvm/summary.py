@@ -93,7 +93,7 @@ def show_classes_plan(given: Given) -> None:
     """Print what a probe and a fine-tuning read and with which models, if there are any."""
     probe, tuning = given.recipe.probe, given.recipe.finetune
     if probe:
-        names = [*given.models, *probe.models, *probe.controls]
+        names = [*given.models, *probe.models, *probe.controls, *probe.timm]
         console.print(f"probe: {_count(given.probe_pictures)}; {', '.join(names)}", soft_wrap=True)
     if tuning:
         models = {name: Path(name) for name in [*given.finetune_roles, *tuning.models]}

@@ -422,8 +422,11 @@ def probing(finished, tmp_path):
 
 def test_the_recipe_for_imagenet_probes_any_classes(probing, tmp_path, capfd):
     recipe, run_dir = ROOT / "recipes" / "probe_imagenet.yaml", f"run_dir={tmp_path / 'run'}"
-    assert fit.main([str(recipe), run_dir, *probing, "--dry-run"]) == 0
+    assert (
+        fit.main([str(recipe), run_dir, *probing, "probe.timm=[timm/vit_tiny_patch16_224]", "--dry-run"]) == 0
+    )
     said = capfd.readouterr().out
+    assert "random, timm/vit_tiny_patch16_224" in said.replace("\n", " ")
     assert "probe: 14 training, 5 held-out pictures of 2 classes; student, scratch, tokens" in said
     assert "probe: to do" in said
     assert not (tmp_path / "run").exists()
@@ -447,6 +450,7 @@ def test_the_recipe_for_imagenet_probes_any_classes(probing, tmp_path, capfd):
         ("broken", "{0}/val/bee/1.png: unreadable picture (not a picture)"),
         ("folder", "probe.models.student: {0}/none: no such folder"),
         ("codes", "probe.models.student: num_codes: 16, the model has 8 ids"),
+        ("timm", "probe.timm: 'resnt18' is no pretrained model of timm; nearest: resnet18"),
         ("many", "probe.models.student: was trained on 256 codes, the tokenizer has 16 codes"),
     ],
 )
@@ -463,6 +467,7 @@ def test_a_probe_that_cannot_be(probing, tmp_path, capfd, damage, line):
         llama.save(llama.build("micro", 258, 32), tmp_path / "many", num_codes=256)
     models = {"folder": "none", "codes": "few", "many": "many"}
     more = [f"probe.models.student={tmp_path / models[damage]}"] if damage in models else []
+    more += ["probe.timm=[resnet18.a1_in1k,resnt18]"] * (damage == "timm")
     recipe = ROOT / "recipes" / "probe_imagenet.yaml"
     assert fit.main([str(recipe), f"run_dir={tmp_path / 'run'}", *probing, *more]) == 2
     said = capfd.readouterr().err.rstrip("\n").split("\n")[-1].split("\r")[-1]

@@ -1,5 +1,6 @@
 """Codes or pictures -> features: the hidden states of a model, and the controls beside them."""
 
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -179,6 +180,22 @@ class Timm:
         """(n, size, size, 3) uint8 -> (n, 1, width)."""
         pictures = to_pictures(batch)
         return self.model((pictures - self.mean.to(batch.device)) / self.std.to(batch.device))[:, None]
+
+
+def check_timm(name: str) -> None:
+    """Refuse a name that timm has no pretrained model of; those of a hub (`hf-hub:...`) are not looked up.
+
+    Raises:
+        UserError: with the nearest names.
+    """
+    import timm
+
+    _, _, plain = name.rpartition("/")
+    if ":" in name or timm.models.is_model_pretrained(plain):
+        return
+    near = difflib.get_close_matches(plain, timm.list_models(pretrained=True), n=3, cutoff=0.5)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    raise UserError(f"probe.timm: '{name}' is no pretrained model of timm{hint}")
 
 
 def load_timm(name: str) -> nn.Module:
