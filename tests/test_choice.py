@@ -22,7 +22,7 @@ from delvm.evaluate.choice import (
     read_lvm_questions,
     wilson,
 )
-from delvm.tokens.formats import write_lvm
+from delvm.tokens.formats import read_lvm, write_lvm
 from tools import make_choices
 
 
@@ -54,7 +54,7 @@ def test_items_of_a_file(folder):
     context, candidates = [folder / "a.png", folder / "b.png"], [[folder / "c.png"], [folder / "d.png"]]
     assert found == [
         Item(f"{file}, line 1", context, candidates, 1, "colour"),
-        Item(f"{file}, line 2", context, candidates, 1, "all"),
+        Item(f"{file}, line 2", context, candidates, 1, ""),
     ]
 
 
@@ -73,6 +73,7 @@ def test_items_of_a_file(folder):
         ({**GOOD, "answer": True}, "answer: True must be in 0..1"),
         ({**GOOD, "answer": None}, "answer: None must be in 0..1"),
         ({**GOOD, "group": 4}, "group: 4 is no text"),
+        ({**GOOD, "group": "all"}, "group: 'all' is a name of what is counted; choose another"),
     ],
 )
 def test_lines_that_are_no_questions(folder, line, message):
@@ -82,6 +83,21 @@ def test_lines_that_are_no_questions(folder, line, message):
     with pytest.raises(UserError) as error:
         read_items(file)
     assert str(error.value) == f"{file}, line 2: " + message.replace("{folder}", str(folder))
+
+
+def test_a_line_that_is_nested_too_deeply(tmp_path, tokenizer):
+    file = tmp_path / "items.jsonl"
+    for text in ("[" * 100_000, '{"tokens": ' + "[" * 100_000):
+        file.write_text(text + "\n")
+        for read in (
+            read_items,
+            lambda file: read_lvm_questions(file, tokenizer),
+            lambda file: [*read_lvm(file)],
+        ):
+            with pytest.raises(
+                UserError, match=r"^\S+items\.jsonl, line 1: not JSON \(maximum recursion depth"
+            ):
+                read(file)
 
 
 def test_files_that_cannot_be_read(folder, tokenizer):
@@ -171,7 +187,7 @@ def test_questions_longer_than_the_model(model):
         candidate_losses(model, [long], bos=16)
 
 
-def item(answer, group="all"):
+def item(answer, group=""):
     return Item("", [], [], answer, group)
 
 
@@ -190,6 +206,13 @@ def test_the_lowest_loss_is_the_choice():
     assert [found[group]["chance"] for group in found] == pytest.approx([1 / 3, 1 / 2, 5 / 12])
     assert (found["b"]["low"], found["b"]["high"]) == wilson(2, 2)
     assert list(accuracies(items[:2], losses[:2])) == ["a"]
+    # those of no group have a line of their own, and are counted once
+    found = accuracies([*items, item(1), item(1), item(1)], [*losses, *[torch.tensor([1.0, 2.0])] * 3])
+    assert {group: entry["items"] for group, entry in found.items()} == {
+        "a": 2, "b": 2, "ungrouped": 3, "all": 7,
+    }  # fmt: skip
+    assert found["ungrouped"]["accuracy"] == 0
+    assert found["all"]["accuracy"] == pytest.approx(3 / 7)
 
 
 def test_candidates_that_cannot_be_told_apart_are_a_guess():

@@ -297,6 +297,7 @@ def test_a_jsonl(tmp_path, files):
         ("a.csv", ["image", '"x.png'], ":2", "broken CSV (unexpected end of data)"),
         ("a.csv", ["image", b"x\xff.png\n"], ":2", "not UTF-8 (invalid start byte)"),
         ("a.jsonl", ['{"image": "x.png"}', '{"image": "x.png"'], ":2", "broken JSON (Expecting"),
+        ("a.jsonl", ["[" * 100_000], ":1", "broken JSON (maximum recursion depth"),
         ("a.jsonl", ["{}"], ":1", "no column 'image'"),
         ("a.jsonl", ['["x.png"]'], ":1", "not an object with the key 'image'"),
         ("a.jsonl", ['{"image": 5}'], ":1", "no path in column 'image'"),

@@ -84,7 +84,17 @@ def run(colours, tokenizer, tmp_path):
         (
             {"models": {"pixels": "a"}},
             "models.pixels: a name may hold letters, digits, '_' and '-', and be none of tokens, pixels,"
-            " codebook, random",
+            " codebook, random, codes",
+        ),
+        (
+            {"models": {"codes": "a"}},
+            "models.codes: a name may hold letters, digits, '_' and '-', and be none of tokens, pixels,"
+            " codebook, random, codes",
+        ),
+        (
+            {"models": {"timm-x": "a"}, "timm": ["timm/x"]},
+            "models.timm-x: a name may hold letters, digits, '_' and '-', and be none of tokens, pixels,"
+            " codebook, random, codes, timm-x",
         ),
     ],
 )

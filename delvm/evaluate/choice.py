@@ -32,6 +32,7 @@ from delvm.tokens.encoder import Encoder
 from delvm.tokens.formats import read_lvm
 
 TIE = 1e-6  # nats a token: what rounding leaves between candidates of equal codes
+WHOLE, REST = "all", "ungrouped"  # what accuracies call the items together, and those of no group
 BATCH = 32  # pictures that are read and encoded side by side
 
 
@@ -45,7 +46,7 @@ class Item:
     candidates: list[list[Path]]
     """Pictures that may follow; of one picture each, but in LVM's files."""
     answer: int = 0
-    group: str = "all"
+    group: str = ""
     """What it asks for, such as `colour`: accuracy is given by group."""
 
 
@@ -74,11 +75,13 @@ def read_items(file: Path) -> list[Item]:
         context, candidates = (_paths(line, key, file, place) for key in ("context", "candidates"))
         if len(candidates) < 2:
             raise UserError(f"{place}: candidates: {len(candidates)}, must be at least 2")
-        answer, group = line.get("answer"), line.get("group", "all")
+        answer, group = line.get("answer"), line.get("group", "")
         if type(answer) is not int or not 0 <= answer < len(candidates):
             raise UserError(f"{place}: answer: {answer!r:.40} must be in 0..{len(candidates) - 1}")
         if not isinstance(group, str):
             raise UserError(f"{place}: group: {group!r:.40} is no text")
+        if group in (WHOLE, REST):
+            raise UserError(f"{place}: group: '{group}' is a name of what is counted; choose another")
         items.append(Item(place, context, [[path] for path in candidates], answer, group))
     return items
 
@@ -118,7 +121,7 @@ def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 place = f"{file}, line {number}"
                 try:
                     line = json.loads(text)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{place}: not JSON ({getattr(error, 'msg', error)})") from error
                 if not isinstance(line, dict):
                     raise UserError(f"{place}: not a JSON object")
@@ -215,16 +218,18 @@ def accuracies(items: Sequence[Item], losses: Sequence[Tensor]) -> dict[str, dic
     counts as a guess among them.
 
     Returns:
-        group, and "all" where there are several -> {"items", "accuracy", "low", "high", "chance"}: `wilson`'s
-        interval, and what guessing would have.
+        group ("ungrouped" of items without one), and "all" where there are several, or none -> {"items",
+        "accuracy", "low", "high", "chance"}: `wilson`'s interval, and what guessing would have.
     """
     groups: dict[str, list[tuple[float, float]]] = {}
     for item, of_candidates in zip(items, losses, strict=True):
         lowest = of_candidates <= of_candidates.min() + TIE
         right = float(lowest[item.answer]) / int(lowest.sum())
-        groups.setdefault(item.group, []).append((right, 1 / len(of_candidates)))
-    if len(groups) > 1:
-        groups["all"] = [pair for pairs in groups.values() for pair in pairs]
+        groups.setdefault(item.group or REST, []).append((right, 1 / len(of_candidates)))
+    if set(groups) == {REST}:
+        groups = {WHOLE: groups[REST]}
+    elif len(groups) > 1:
+        groups[WHOLE] = [pair for pairs in groups.values() for pair in pairs]
     found = {}
     for group, pairs in groups.items():
         right, chance = (sum(part) for part in zip(*pairs, strict=True))

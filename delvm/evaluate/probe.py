@@ -109,11 +109,13 @@ class ProbeConfig:
             raise ValueError(f"learning_rates: {self.learning_rates} must be one or more above 0")
         if len(set(self.layers)) < len(self.layers) or min(self.layers, default=1) < 1:
             raise ValueError(f"layers: {self.layers} must be different, from 1 on")
+        # names of rows, and of folders of features
+        taken = [*CONTROLS, "codes", *(name.replace("/", "-") for name in self.timm)]
         for name in self.models:
-            if name in CONTROLS or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            if name in taken or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(
                     f"models.{name}: a name may hold letters, digits, '_' and '-', and be none of"
-                    f" {', '.join(CONTROLS)}"
+                    f" {', '.join(taken)}"
                 )
 
     @property

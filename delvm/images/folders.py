@@ -290,8 +290,8 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: broken JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: broken JSON ({getattr(error, 'msg', error)})") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: not an object with the key 'image'")
         yield number, row

@@ -143,7 +143,7 @@ def _value(line: bytes) -> Any:
     """What a line has under `tokens`."""
     try:
         document = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         # not str(error) of a JSONDecodeError: its "line 1" would be taken for the file's
         raise ValueError(f"not JSON ({getattr(error, 'msg', error)})") from error
     if not isinstance(document, dict) or "tokens" not in document:
