@@ -300,6 +300,17 @@ def test_edges_weigh_the_truth_by_its_strength():
     assert edges(np.stack([lines(64, {60: 255})]), truth).metrics["boundary_f"] == 0
 
 
+def test_blurred_edges_score_one_against_themselves():
+    truth = np.stack([lines(64, {20: 255, 44: 255}), lines(64, {30: 255})])
+    profile = [0.1, 0.4, 1.0, 0.5, 0.2]  # of a line as a tokenizer keeps it
+    kept = sum(np.roll(truth * weight, place - 2, axis=2) for place, weight in enumerate(profile))
+    kept = kept.astype(np.uint8)
+    expected = {"boundary_f": 1, "precision": 1, "recall": 1, "threshold": THRESHOLDS[0]}
+    assert score("edges", kept, kept, labels=truth).metrics == expected
+    assert edges(kept, kept, truth).by_picture.tolist() == [1, 1]
+    assert edges(kept, kept).metrics["recall"] < 1  # of a true picture, every pixel is the truth
+
+
 def test_edges_where_there_are_none():
     empty, some = np.zeros((1, 32, 32, 3), np.uint8), lines(32, {10: 255})[None]
     assert edges(empty, empty).metrics["boundary_f"] == 1

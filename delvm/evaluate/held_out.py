@@ -292,7 +292,7 @@ def _compare(
     picks = held.picks(task)[: len(drawn), -1]
     kept = held.reconstructions(task, picks)
     if task not in held.views:
-        of_kept = _score(scorer, drawn, kept)
+        of_kept = _score(scorer, drawn, kept, labels=np.stack(kept))
         return {"reconstruction": _finite(of_kept)}, of_kept
     truth = held.pictures(task, picks)
     of_truth, of_kept = _score(scorer, drawn, truth), _score(scorer, drawn, kept, labels=np.stack(truth))

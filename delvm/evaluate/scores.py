@@ -73,7 +73,8 @@ def score(
         kind: a name from `SCORES`; see `kind_of`.
         generated, truth: (n, H, W, 3) uint8, at least one picture.
         palette: (colours, 3), for segmentation alone; see `palette_of`.
-        labels: as generated: what `truth` is a reconstruction of; segmentation takes its colours from there.
+        labels: as generated: what `truth` is a reconstruction of, or itself where nothing else is left;
+            segmentation takes its colours from there, edges thin such a truth.
 
     Raises:
         ValueError: an unknown kind; pictures of other shapes or types; a palette for another kind.
@@ -89,6 +90,8 @@ def score(
         return segmentation(generated, truth, palette, labels)
     if palette is not None:
         raise ValueError(f"palette: score '{kind}' has none; segmentation has")
+    if kind == "edges":
+        return edges(generated, truth, labels)
     return SCORES[kind](generated, truth)
 
 
@@ -336,7 +339,9 @@ FAINTEST = 16
 BSDS draws 28."""
 
 
-def edges(generated: np.ndarray, truth: np.ndarray, tolerance: float = 0.0075) -> Scored:
+def edges(
+    generated: np.ndarray, truth: np.ndarray, labels: np.ndarray | None = None, tolerance: float = 0.0075
+) -> Scored:
     """Boundary F-measure at the best threshold of the data set (ODS), after Martin et al. (TPAMI 2004).
 
     A pixel's strength is its brightest channel. What is generated is cut at each of `THRESHOLDS` and thinned
@@ -350,12 +355,14 @@ def edges(generated: np.ndarray, truth: np.ndarray, tolerance: float = 0.0075) -
     several true ones, so dotted lines get more than there; thick ones do not, they are thinned.
 
     Args:
+        labels: what the truth is a tokenizer's reconstruction of. Its lines are blurred, and thinned as those
+            that are generated: it scores 1 against itself.
         tolerance: the farthest that is near, as a fraction of the diagonal (BSDS's); at least one pixel.
     """
     reach = max(1.0, tolerance * math.hypot(*truth.shape[1:3]))
     counts = np.array(
         [
-            edge_counts(made.max(axis=-1), true.max(axis=-1), reach)
+            edge_counts(made.max(axis=-1), true.max(axis=-1), reach, thinned=labels is not None)
             for made, true in zip(generated, truth, strict=True)
         ]
     )
@@ -371,10 +378,13 @@ def edges(generated: np.ndarray, truth: np.ndarray, tolerance: float = 0.0075) -
     return Scored(metrics, harmonic(*precision_recall(counts[:, best])), True)
 
 
-def edge_counts(generated: np.ndarray, truth: np.ndarray, reach: float) -> np.ndarray:
+def edge_counts(
+    generated: np.ndarray, truth: np.ndarray, reach: float, *, thinned: bool = False
+) -> np.ndarray:
     """(thresholds, 4) float64 of two (H, W) uint8 pictures: generated pixels near the truth, and all of them;
-    the true strength near what is generated, and all of it."""
-    weights = np.where(truth >= FAINTEST, truth / 255, 0.0)
+    the true strength near what is generated, and all of it. thinned: of true lines the middle alone."""
+    drawn = truth >= FAINTEST
+    weights = np.where(thin(drawn) if thinned else drawn, truth / 255, 0.0)
     near_truth = distance_to(weights > 0) <= reach
     counts = []
     for threshold in THRESHOLDS:
