@@ -11,7 +11,7 @@ from delvm import console, llama, ranks, teach
 from delvm import recipe as recipes
 from delvm.distill.cache import MANIFEST
 from delvm.errors import UserError
-from delvm.evaluate import held_out, probe, prompting, scores
+from delvm.evaluate import choice, held_out, probe, prompting, scores
 from delvm.export import export
 from delvm.finetune import arms
 from delvm.given import ROLES, Given
@@ -134,6 +134,12 @@ class Run:
         scores.save(by_picture, folder / "by_picture.json")
         return found
 
+    def questions(self, folder: Path) -> dict:
+        """Questions in pictures -> how often each model chooses the answer, and LVM's perplexity."""
+        device = self.recipe.trainer.device()
+        models = {role: self.dir / role for role in self.given.models}
+        return choice.ask(models, *self.given.questions, self.material.tokenizer().to(device), device=device)
+
     def probe(self, folder: Path) -> dict:
         """Models and pictures of classes -> how well the classes can be read from the models' features."""
         recipe, config = self.recipe, self.recipe.probe
@@ -208,6 +214,10 @@ class Run:
             {k: v for k, v in asdict(recipe.probe).items() if k != "folder"}, given.probe_hashes,
             [listing.hash for listing in given.probe_pictures.values()], "" if recipe.tasks else tokenizer,
         ] if recipe.probe else []  # fmt: skip
+        drawn = {
+            key: value for key, value in asdict(recipe.prompting).items()
+            if key not in {"choices", "lvm_jsonl"} and (key, value) != ("shots", 0)
+        }  # fmt: skip
         tuning = recipe.finetune
         tuned = [
             tuning, recipe.tokens, given.finetune_hashes,
@@ -226,7 +236,8 @@ class Run:
                   together=True),
             Stage("student", [learnt, given.start_hash, *learning],
                   ["tokens", "teacher", *(["cache"] if recipe.cache else [])], self.student, together=True),
-            Stage("evaluate", [recipe.sentences, recipe.prompting], ["tokens", *given.models], self.evaluate),
+            Stage("evaluate", [recipe.sentences, drawn], ["tokens", *given.models], self.evaluate),
+            Stage("questions", [given.questions_hash], ["tokenizer", *given.models], self.questions),
             Stage("probe", [*asked, *machine], [*(["tokenizer"] if recipe.tasks else []), *given.models],
                   self.probe),
             Stage("finetune", [*tuned, *machine],
@@ -234,8 +245,11 @@ class Run:
                   together=True),
             Stage("export", [recipe.name], ["evaluate"], self.export),
         ]  # fmt: skip
-        skipped = set(ROLES) - set(given.models) | (set() if given.models else {"evaluate", "export"})
+        skipped = set(ROLES) - set(given.models) | (
+            set() if given.models else {"evaluate", "questions", "export"}
+        )
         skipped |= {name for name in ("cache", "probe", "finetune") if not getattr(recipe, name)}
+        skipped |= set() if any(given.questions) else {"questions"}
         if not recipe.tasks:
             return [stage for stage in chain if stage.name in {"probe", "finetune"} - skipped]
         return [stage for stage in chain if stage.name not in skipped]

@@ -1,5 +1,6 @@
 """A recipe -> what it is given instead of training it, and the sizes that follow."""
 
+import hashlib
 from functools import cached_property
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from delvm import llama, ranks
 from delvm.distill.cache import weights_hash
 from delvm.distill.sliceable import check, check_ends
 from delvm.errors import UserError
+from delvm.evaluate.choice import Item, Question, length, read_items, read_lvm_examples
 from delvm.evaluate.features import Listing
 from delvm.evaluate.probe import list_splits
 from delvm.evaluate.readers import check_timm
@@ -141,6 +143,28 @@ class Given:
         models = config.models.items()
         return {name: _read_model(f"finetune.models.{name}", folder, codes)[1] for name, folder in models}
 
+    @cached_property
+    def questions(self) -> tuple[list[Item], list[Item] | list[Question]]:
+        """Of `prompting.choices`, and LVM's examples of `prompting.lvm_jsonl`. Raises as their readers."""
+        config = self.recipe.prompting
+        items = read_items(Path(config.choices)) if config.choices else []
+        examples: list[Item] | list[Question] = []
+        if config.lvm_jsonl:
+            examples = read_lvm_examples(Path(config.lvm_jsonl), self.num_tokens, self.num_codes)
+        return items, examples
+
+    @property
+    def questions_hash(self) -> str:
+        """16 hexadecimal digits that change with their files, and the pictures' size and time; "" of none."""
+        config, digest = self.recipe.prompting, hashlib.sha256()
+        for file in filter(None, (config.choices, config.lvm_jsonl)):
+            digest.update(Path(file).read_bytes())
+        for asked in (each for part in self.questions for each in part if isinstance(each, Item)):
+            for path in [*asked.context, *(path for paths in asked.candidates for path in paths)]:
+                facts = path.stat()
+                digest.update(f"{path}|{facts.st_size}|{facts.st_mtime_ns}\n".encode(errors="surrogatepass"))
+        return digest.hexdigest()[:16] if any(self.questions) else ""
+
     @property
     def finetune_roles(self) -> list[str]:
         """The run's own models that become classifiers."""
@@ -220,15 +244,16 @@ class Given:
         Raises:
             UserError: a teacher of another vocabulary; a student that cannot be cut from it, or is not of the
                 size of what it starts from; steps that processes and micro-batches cannot share; a shared
-                cache within the run; a cache of more codes or rows than there are; pictures of a probe or a
-                fine-tuning that are no classes, a model of it that reads other codes than the tokenizer's.
+                cache within the run; a cache of more codes or rows than there are; files without questions;
+                pictures of a probe or a fine-tuning that are no classes, a model of it that reads other codes
+                than the tokenizer's.
         """
         recipe, cache, student = self.recipe, self.recipe.cache, self.recipe.student
         for key, model in (("teacher", recipe.teacher), ("student", student)):
             if model and not model.folder:
                 check_batch_size(f"{key}.batch_size", model.batch_size, recipe.trainer.accumulate)
         _ = self.teacher, self.probe_pictures, self.probe_hashes
-        _ = self.finetune_pictures, self.finetune_hashes
+        _ = self.finetune_pictures, self.finetune_hashes, self.questions
         if recipe.finetune:
             self._check_finetune(recipe.finetune)
         for role in self.models:
@@ -261,7 +286,7 @@ class Given:
             )
 
     def check_positions(self, positions: int) -> None:
-        """Refuse rows that are longer than what a given teacher takes.
+        """Refuse rows that are longer than what a given teacher takes, questions longer than any model does.
 
         Raises:
             UserError: they are.
@@ -272,6 +297,11 @@ class Given:
                 f" {self.teacher.max_position_embeddings} tokens, rows and sentences here have up to"
                 f" {positions}"
             )
+        taken = [self.model_config(role, positions).max_position_embeddings for role in self.models]
+        begins = self.recipe.sentences.ends(self.num_codes) is not None
+        for asked in (each for part in self.questions for each in part):
+            if taken and (tokens := begins + length(asked, self.num_tokens)) > min(taken):
+                raise UserError(f"{asked.place}: {tokens} tokens, the models here take {min(taken)}")
 
     def _check_start(self) -> None:
         student = self.recipe.student

@@ -195,6 +195,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for reader in (recipe.probe, recipe.finetune):
         if reader:
             reader.models = {name: str(Path(folder).expanduser()) for name, folder in reader.models.items()}
+    for key in ("choices", "lvm_jsonl"):
+        if file := getattr(recipe.prompting, key):
+            setattr(recipe.prompting, key, str(Path(file).expanduser()))
     if recipe.probe and recipe.probe.folder:
         recipe.probe.folder = str(Path(recipe.probe.folder).expanduser())
     if recipe.student and recipe.student.start_folder:

@@ -184,6 +184,9 @@ def conclude(run: Run) -> None:
             "tokenizer": run.metrics["tokenizer"],
             "evaluate": run.metrics.get("evaluate", {}),
         }
+    if "questions" in run.metrics:
+        show_questions(run.metrics["questions"])
+        result["questions"] = run.metrics["questions"]
     result.update(classes, seconds={name: entry["seconds"] for name, entry in stages.items()})
     write_atomic(run.dir / "metrics.json", json.dumps(result, indent=2) + "\n")
     page = run.dir / "report.html"
@@ -193,6 +196,19 @@ def conclude(run: Run) -> None:
     if result.get("evaluate"):
         show_scores(result["evaluate"])
     console.print(f"report: {page}", soft_wrap=True)
+
+
+def show_questions(asked: dict) -> None:
+    """Print how often each model chose the answer, with 95% intervals, and LVM's perplexity."""
+    rows = [
+        [group, model, found["items"], f"{found['accuracy']:.1%}", f"{found['low']:.1%}-{found['high']:.1%}",
+         f"{found['chance']:.0%}"]
+        for model, groups in asked.get("choice", {}).items() for group, found in groups.items()
+    ]  # fmt: skip
+    if rows:
+        table("choice by lowest perplexity", ["group", "model", "items", "right", "95%", "by chance"], rows)
+    for model, found in asked.get("lvm", {}).items():
+        console.print(f"{model}: LVM's perplexity {found['perplexity']:.2f}, {found['examples']} examples")
 
 
 def show_probe(probed: dict) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from delvm import finetune, fit, llama, plan, recipe, teach
 from delvm.distill.on_policy import on_policy_step
 from delvm.distill.slice import slice_embedding, slice_student
-from delvm.evaluate import likelihood
+from delvm.evaluate import choice, likelihood
 from delvm.given import ROLES, Given
 from delvm.images import augment
 from delvm.images.listing import Entries
@@ -67,7 +67,7 @@ def again(copy, *overrides, capsys):
     capsys.readouterr()
     assert fit.run(copy[0], [f"run_dir={copy[1]}", *overrides]) == 0
     said = capsys.readouterr().out
-    stages = [*STAGES[:5], "cache", *STAGES[5:7], "probe", "finetune", *STAGES[7:]]
+    stages = [*STAGES[:5], "cache", *STAGES[5:7], "questions", "probe", "finetune", *STAGES[7:]]
     made = [name for name in stages if f"{name}: done in" in said]
     reused = [name for name in stages if f"{name}: unchanged, reused" in said]
     assert not set(made) & set(reused)
@@ -288,6 +288,57 @@ def test_a_probe_reads_the_runs_models(copy, tmp_path, capsys):
     assert [s.parent.name for s, t in zip(shards, stamps, strict=True) if s.stat().st_mtime_ns == t] == [
         shard.parent.name for shard in shards if shard.parent.name.endswith(".train")
     ]
+
+
+def test_questions_are_asked_of_the_runs_models(copy, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in "abcd":
+        Image.fromarray(rng.integers(256, size=(8, 8, 3)).astype(np.uint8)).save(tmp_path / f"{name}.png")
+    item = {"context": ["a.png", "b.png"], "candidates": ["c.png", "d.png"]}
+    items, examples = tmp_path / "items.jsonl", tmp_path / "lvm.jsonl"
+    items.write_text("".join(json.dumps(item | {"answer": n}) + "\n" for n in (0, 1, 0)))
+    formats.write_lvm(examples, [rng.integers(16, size=48), rng.integers(16, size=32)])
+    asked = [f"prompting.choices={items}", f"prompting.lvm_jsonl={examples}"]
+    before = json.loads((copy[1] / "evaluate" / "stage.json").read_text())["inputs"]
+    assert not {"shots", "choices", "lvm_jsonl"} & set(before[1])  # as they were before there were such
+    assert again(copy, *asked, capsys=capsys) == ["questions"]
+    said = json.loads((copy[1] / "metrics.json").read_text())["questions"]
+    assert list(said["choice"]) == list(said["lvm"]) == list(ROLES)
+    tokenizer = Tokenizer.load(copy[1] / "tokenizer")
+    for role in ROLES:
+        model = llama.load(copy[1] / role)
+        ask = partial(choice.candidate_losses, model, bos=model.config.bos_token_id)
+        questions = choice.encode_items(choice.read_items(items), tokenizer)
+        right = [int(loss.argmin()) == answer for loss, answer in zip(ask(questions), (0, 1, 0), strict=True)]
+        assert said["choice"][role]["all"]["accuracy"] == pytest.approx(np.mean(right))
+        losses = [loss.item() for loss in ask(choice.read_lvm_questions(examples, tokenizer))]
+        assert said["lvm"][role]["perplexity"] == pytest.approx(np.exp(losses).mean())
+    assert "questions" in (copy[1] / "report.html").read_text()
+    assert again(copy, *asked, capsys=capsys) == []
+    Image.new("RGB", (9, 9)).save(tmp_path / "d.png")
+    assert again(copy, *asked, capsys=capsys) == ["questions"]
+    long = item | {"context": ["a.png"] * 4, "answer": 0}
+    items.write_text(json.dumps(long) + "\n")
+    assert fit.run(copy[0], [f"run_dir={copy[1]}", *asked]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"error: {items}, line 1: 81 tokens, the models here take 66"
+
+
+def test_curves_over_more_examples_than_sentences_have(copy, capsys):
+    assert again(copy, "prompting.shots=9", capsys=capsys) == ["evaluate", "export"]
+    examples = json.loads((copy[1] / "metrics.json").read_text())["evaluate"]["student"]["segmentation"][
+        "examples"
+    ]
+    assert list(examples) == ["0", "1"]  # no more fit into the model's positions
+    # a given teacher that takes more
+    wide = llama.build("micro", 18, 130, bos=16, eos=17, seed=0)
+    llama.save(wide, copy[1].parent / "wide", num_codes=16)
+    alone = ["student=null", "scratch=null", f"teacher.folder={copy[1].parent / 'wide'}"]
+    assert again(copy, *alone, "prompting.shots=9", capsys=capsys) == ["teacher", "evaluate", "export"]
+    examples = json.loads((copy[1] / "metrics.json").read_text())["evaluate"]["teacher"]["segmentation"][
+        "examples"
+    ]
+    assert list(examples) == ["0", "1", "2", "3"]
 
 
 def test_a_fine_tuning_takes_the_runs_student(copy, tmp_path, capsys):

@@ -12,8 +12,9 @@ The second is LVM's for its perplexity: one candidate, nothing to choose.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
+from delvm import llama
 from delvm.errors import UserError
-from delvm.evaluate.likelihood import score_tokens
+from delvm.evaluate.likelihood import mean_perplexity, score_tokens
 from delvm.images.files import read_picture
 from delvm.tokenizer import Tokenizer
 from delvm.tokens.encoder import Encoder
@@ -86,8 +88,10 @@ def read_items(file: Path) -> list[Item]:
     return items
 
 
-def read_lvm_questions(file: Path, tokenizer: Tokenizer) -> list[Question]:
+def read_lvm_examples(file: Path, num_tokens: int, num_codes: int) -> list[Item] | list[Question]:
     """LVM's examples, of pictures or of tokens; of a line of tokens the last picture is the target.
+
+    num_tokens, num_codes: of a picture, and in all, by the tokenizer.
 
     Raises:
         UserError: with file and line: what is no such example, a picture that is not there, tokens that are
@@ -95,21 +99,32 @@ def read_lvm_questions(file: Path, tokenizer: Tokenizer) -> list[Question]:
     """
     if "tokens" in next(_lines(file))[1]:
         lines = enumerate(read_lvm(file), 1)
-        return [_of_tokens(f"{file}, line {number}", tokens, tokenizer) for number, tokens in lines]
-    items = [
+        return [_of_tokens(f"{file}, line {number}", codes, num_tokens, num_codes) for number, codes in lines]
+    return [
         Item(place, _paths(line, "input", file, place), [_paths(line, "target", file, place)])
         for place, line in _lines(file)
     ]
-    return encode_items(items, tokenizer)
 
 
-def _of_tokens(place: str, tokens: np.ndarray, tokenizer: Tokenizer) -> Question:
-    picture, codes = tokenizer.num_tokens, torch.from_numpy(tokens)
+def read_lvm_questions(file: Path, tokenizer: Tokenizer) -> list[Question]:
+    """The same in codes. Raises as it, and as `encode_items`."""
+    return encode_items(read_lvm_examples(file, tokenizer.num_tokens, tokenizer.num_codes), tokenizer)
+
+
+def _of_tokens(place: str, tokens: np.ndarray, picture: int, num_codes: int) -> Question:
+    codes = torch.from_numpy(tokens)
     if len(codes) % picture or len(codes) < 2 * picture:
         raise UserError(f"{place}: {len(codes)} tokens, must be pictures of {picture}, two or more")
-    if (largest := int(codes.max())) >= tokenizer.num_codes:
-        raise UserError(f"{place}: code {largest}, the tokenizer has {tokenizer.num_codes}")
+    if (largest := int(codes.max())) >= num_codes:
+        raise UserError(f"{place}: code {largest}, the tokenizer has {num_codes}")
     return Question(place, codes[:-picture], codes[None, -picture:])
+
+
+def length(asked: Item | Question, num_tokens: int) -> int:
+    """Tokens of a question's context and longest candidate; num_tokens: of a picture."""
+    if isinstance(asked, Question):
+        return len(asked.context) + asked.candidates.shape[1]
+    return num_tokens * (len(asked.context) + max(map(len, asked.candidates)))
 
 
 def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -146,14 +161,15 @@ def _paths(line: dict[str, Any], key: str, file: Path, place: str) -> list[Path]
 # --- pictures -> codes ---
 
 
-def encode_items(items: Sequence[Item], tokenizer: Tokenizer) -> list[Question]:
-    """Every picture in the tokenizer's codes, on the device that it is on.
+def encode_items(asked: Sequence[Item] | Sequence[Question], tokenizer: Tokenizer) -> list[Question]:
+    """Every picture in the tokenizer's codes, on the device that it is on; what is in codes stays as it is.
 
     Pictures are resized to its size, bicubic and whatever their aspect, as LVM does it.
 
     Raises:
         UserError: a picture that cannot be read.
     """
+    items = [each for each in asked if isinstance(each, Item)]
     shown = [path for item in items for paths in (item.context, *item.candidates) for path in paths]
     paths = list(dict.fromkeys(shown))
     codes: dict[Path, Tensor] = {}
@@ -164,13 +180,13 @@ def encode_items(items: Sequence[Item], tokenizer: Tokenizer) -> list[Question]:
         pictures = pictures.to(tokenizer.codebook.device).unsqueeze(1)
         codes |= zip(batch, encoder(pictures).squeeze(1).cpu(), strict=True)
     return [
-        Question(
-            item.place,
-            torch.cat([codes[path] for path in item.context]),
-            torch.stack([torch.cat([codes[path] for path in paths]) for paths in item.candidates]),
+        each if isinstance(each, Question) else Question(
+            each.place,
+            torch.cat([codes[path] for path in each.context]),
+            torch.stack([torch.cat([codes[path] for path in paths]) for paths in each.candidates]),
         )
-        for item in items
-    ]
+        for each in asked
+    ]  # fmt: skip
 
 
 def _square(path: Path, size: int) -> np.ndarray:
@@ -209,6 +225,43 @@ def candidate_losses(
         if progress is not None:
             progress(1)
     return losses
+
+
+def ask(
+    models: Mapping[str, Path],
+    items: Sequence[Item],
+    examples: Sequence[Item] | Sequence[Question],
+    tokenizer: Tokenizer,
+    *,
+    device: torch.device,
+) -> dict[str, dict[str, Any]]:
+    """Ask every model the same.
+
+    Args:
+        models: folders by name; one is in memory at a time.
+        items: multiple-choice questions.
+        examples: LVM's, as `read_lvm_examples` gives them.
+        tokenizer: on `device`.
+
+    Returns:
+        "choice" and "lvm", where there are any: by model, `accuracies` of the one, `mean_perplexity` of the
+        other.
+
+    Raises:
+        UserError: as `encode_items` and `candidate_losses`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    questions, targets = encode_items(items, tokenizer), encode_items(examples, tokenizer)
+    with tqdm(total=len(models) * (len(items) + len(examples)), desc="questions", unit="item") as bar:
+        for name, folder in models.items():
+            model = llama.load(folder).to(device)
+            losses = partial(candidate_losses, model, bos=model.config.bos_token_id, progress=bar.update)
+            if questions:
+                found.setdefault("choice", {})[name] = accuracies(items, losses(questions))
+            if targets:
+                perplexity = mean_perplexity([loss.item() for loss in losses(targets)])
+                found.setdefault("lvm", {})[name] = perplexity
+    return found
 
 
 def accuracies(items: Sequence[Item], losses: Sequence[Tensor]) -> dict[str, dict[str, float]]:

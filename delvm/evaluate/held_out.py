@@ -236,7 +236,9 @@ def evaluate(
     with tqdm(total=total, desc="evaluate", unit="sentence") as bar:
         for name, folder in models.items():
             model = llama.load(folder).to(device)
-            found = measure(model, held, prompting, scorers=scorers, progress=bar.update)
+            found = measure(
+                model, held, prompting, examples=prompting.shots, scorers=scorers, progress=bar.update
+            )
             scores[name] = {task: dict(entry) for task, entry in found.scores.items()}
             for task, places in found.places.items():
                 scores[name][task] |= {"examples": found.by_number(task), "places": places}

@@ -22,6 +22,14 @@ class PromptingConfig:
     scores: dict[str, str] = field(default_factory=dict)
     """How, by task, a name from `delvm.evaluate.scores.SCORES`; without one, as the task's settings say:
     `kind_of` there. Of a folder's masks of one thing none says `foreground`, nor `edges` of its lines."""
+    shots: int = 0
+    """Example pairs, at most, before the annotations whose losses are told by their number; fewer where a
+    model's positions or the held-out samples end. 0: as many as the sentences have."""
+    choices: str = ""
+    """JSONL of multiple-choice questions that every model answers by lowest perplexity; its lines are those
+    of `delvm.evaluate.choice`."""
+    lvm_jsonl: str = ""
+    """Examples of LVM's perplexity, pictures or tokens; the same."""
     temperature: float = 0.0
     """0: the most likely code each time."""
     top_p: float = 1.0
@@ -31,6 +39,8 @@ class PromptingConfig:
             raise ValueError(f"pictures: {self.pictures} must be at least 1")
         if self.queries < 0:
             raise ValueError(f"queries: {self.queries} must be at least 0")
+        if self.shots < 0:
+            raise ValueError(f"shots: {self.shots} must be at least 0")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature: {self.temperature} must be at least 0")
         if not 0 < self.top_p <= 1:
