@@ -196,8 +196,12 @@ class Run:
         rows = {key: value for key, value in asdict(recipe.sentences).items() if key != "validation"}
         tokenizer = given.tokenizer.hash if given.tokenizer else ""
         data = [tasks, recipe.data, recipe.seed, fingerprint(recipe.tasks)]
-        # what a tokenizer must reach is asked of it when it is trained: its training does not depend on that
-        learnt_tokenizer = {k: v for k, v in asdict(recipe.tokenizer).items() if not k.startswith("min_")}
+        # what a tokenizer must reach is asked of it when it is trained: its training does not depend on that.
+        # Whatever is asked, the key is that of the defaults, and so that of older runs
+        default = tokenizer_training.TokenizerConfig
+        learnt_tokenizer = replace(
+            recipe.tokenizer, min_codes_used=default.min_codes_used, min_psnr=default.min_psnr
+        )
         machine = [recipe.seed, recipe.trainer.precision]
         learning = [rows, *machine, recipe.trainer.averaging]
         student = recipe.student

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from delvm import finetune, fit, llama, plan, recipe, teach
+from delvm import chain, finetune, fit, llama, plan, recipe, teach
 from delvm.distill.on_policy import on_policy_step
 from delvm.distill.slice import slice_embedding, slice_student
 from delvm.evaluate import choice, likelihood
@@ -24,6 +25,7 @@ from delvm.images import augment
 from delvm.images.listing import Entries
 from delvm.images.sources import held_out
 from delvm.material import Material, open_samples
+from delvm.stages import stage_key
 from delvm.tokenizer import Tokenizer
 from delvm.tokens import formats, sentences
 from delvm.tokens.store import open_store
@@ -368,6 +370,21 @@ def test_without_student_the_teacher_is_exported(finished, tmp_path):
     expected = load_file(tmp_path / "run" / "teacher" / "model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not (tmp_path / "run" / "student").exists()
+
+
+def test_what_is_asked_of_a_tokenizer_is_in_no_key(micro):
+    """Nor has the default, of which a training made before is found again, its own."""
+
+    def key(*overrides):
+        run = chain.Run(recipe.load(micro, [f"run_dir={micro.parent / 'run'}", *overrides]))
+        (stage,) = [stage for stage in run.stages() if stage.name == "tokenizer"]
+        return stage_key(stage, {"data": ""}), stage, run.recipe
+
+    default = ("tokenizer.min_psnr=18", "tokenizer.min_codes_used=0.5")
+    found, stage, asked = key(*default)
+    assert found == key("tokenizer.min_psnr=16", "tokenizer.min_codes_used=0.25")[0]
+    assert found != key(*default, "tokenizer.steps=7")[0]
+    assert found == stage_key(replace(stage, inputs=[asked.tokenizer, *stage.inputs[1:]]), {"data": ""})
 
 
 def test_a_tokenizer_of_ones_own(finished, tmp_path, capsys):

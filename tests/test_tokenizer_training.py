@@ -270,6 +270,10 @@ def test_check_refuses(metrics, message):
 def test_check_passes():
     check({"psnr": 18.0, "codes_used": 16, "tokens": 9999}, tiny_config(min_psnr=18.0))
     check({"psnr": 18.0, "codes_used": 11, "tokens": 32}, tiny_config(min_psnr=18.0))
+    # a run from before its tokens were counted
+    check({"psnr": 18.0, "codes_used": 16}, tiny_config(min_psnr=18.0))
+    with pytest.raises(UserError, match=r"15 of 32 codes in use, min_codes_used 0\.5 asks for 16;"):
+        check({"psnr": 18.0, "codes_used": 15}, tiny_config(min_psnr=18.0))
 
 
 def test_a_few_pictures_cannot_show_all_codes_of_a_large_codebook():
@@ -279,6 +283,10 @@ def test_a_few_pictures_cannot_show_all_codes_of_a_large_codebook():
     used = len(np.unique(drawn))
     assert used < 0.5 * 8192
     check({"psnr": 30.0, "codes_used": used, "tokens": tokens}, config)
+    with pytest.raises(UserError, match=r"; a lower min_codes_used takes it as it is$"):
+        check({"psnr": 30.0, "codes_used": used // 2 - 9, "tokens": tokens}, config)
+    with pytest.raises(UserError, match=r"; a lower min_psnr takes it as it is$"):
+        check({"psnr": 9.0, "codes_used": used, "tokens": tokens}, config)
 
 
 def test_no_more_pictures_go_through_the_network_at_once_than_their_size_allows(monkeypatch):

@@ -373,18 +373,21 @@ def measure(tokenizer: Tokenizer, pictures: Iterable[Tensor]) -> dict[str, float
 
 def check(metrics: dict[str, float], config: TokenizerConfig) -> None:
     """Raise UserError if the tokenizer of these metrics (see measure) collapsed or blurs beyond use."""
+    tokens = metrics.get("tokens", math.inf)  # older runs do not say how many
     # of so many tokens, had all codes the same share: a few pictures cannot show thousands of codes
-    shown = config.num_codes * (1 - (1 - 1 / config.num_codes) ** metrics["tokens"])
+    shown = config.num_codes * (1 - (1 - 1 / config.num_codes) ** tokens)
     used, needed = metrics["codes_used"], config.min_codes_used * shown
     if used < needed:
+        by = f" by {tokens:,} tokens" if "tokens" in metrics else ""
         raise UserError(
-            f"the tokenizer collapsed: {used:g} of {config.num_codes} codes in use by {metrics['tokens']:,} "
-            f"tokens, min_codes_used {config.min_codes_used:g} asks for {math.ceil(needed)}; more steps, "
-            "a higher restart_below, a lower learning_rate or fewer num_codes help"
+            f"the tokenizer collapsed: {used:g} of {config.num_codes} codes in use{by}, min_codes_used "
+            f"{config.min_codes_used:g} asks for {math.ceil(needed)}; more steps, a higher restart_below, "
+            "a lower learning_rate or fewer num_codes help; a lower min_codes_used takes it as it is"
         )
     # "not >=" also catches NaN
     if not metrics["psnr"] >= config.min_psnr:
         raise UserError(
             f"the tokenizer blurs: PSNR {metrics['psnr']:.1f} dB, min_psnr asks for {config.min_psnr:g} dB; "
-            "more steps, more channels, a smaller patch or more num_codes help"
+            "more steps, more channels, a smaller patch or more num_codes help; "
+            "a lower min_psnr takes it as it is"
         )
