@@ -294,6 +294,9 @@ def test_the_config_of_a_taming_checkpoint(tmp_path):
     # nor does a config.json of another program make it open-muse's, whose pixels are 0..1
     (tmp_path / "config.json").write_text('{"model_type": "vqgan"}')
     assert load(file).pixel_range == (-1.0, 1.0)
+    # and where nothing else says that it is taming's, it is refused
+    torch.save(checkpoint(Names(), attending=(2,)), file)
+    refused(file, r"a\.ckpt: needs open-muse's config\.json or taming's \.yaml beside it")
 
 
 def write_llamagen(file, state, **parts):
