@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -135,6 +136,13 @@ def test_what_is_kept_of_a_picture_of_ones_own(photos, tmp_path, monkeypatch, ca
     capsys.readouterr()
     assert run_tool(show_reconstructions, monkeypatch, run, out, "--folder", folder) == 2
     assert capsys.readouterr().err.startswith(f"error: {folder}: not empty")
+    assert run_tool(show_reconstructions, monkeypatch, run, out, "--folder", folder / "old.png") == 2
+    assert capsys.readouterr().err.startswith(f"error: {folder / 'old.png'}: a file")
+    # what the run was made of may have gone
+    photos.unlink()
+    shutil.rmtree(run / "data")
+    assert run_tool(show_reconstructions, monkeypatch, run, out, "--query", mine) == 0
+    capsys.readouterr()
     mine.write_bytes(b"no picture")
     assert run_tool(show_reconstructions, monkeypatch, run, out, "--query", mine) == 2
     assert capsys.readouterr().err.startswith(f"error: {mine}: unreadable picture")
@@ -146,7 +154,12 @@ def test_every_task_is_shown_whatever_number_of_pictures_a_sample_has():
         for task, number in enumerate((1, 2, 3))
     ]
     shown = show_reconstructions.some(torch.utils.data.ConcatDataset(datasets), 10)
-    assert shown[:, 0, 0, 0].tolist() == [0, 12, 12, 24, 24, 24]
+    assert shown[:, 0, 0, 0].tolist() == [0, 2, 4, 10, 10, 20, 20, 20]
+    # a task of few samples among large ones, and more tasks than fit
+    few = [datasets[0] * 40, datasets[1][:1], datasets[2] * 40]
+    for number in (10, 2):
+        shown = show_reconstructions.some(torch.utils.data.ConcatDataset(few), number)
+        assert {*(shown[:, 0, 0, 0] // 10).tolist()} == {0, 1, 2}
     shown = show_reconstructions.some(torch.utils.data.ConcatDataset(datasets[:1]), 3)
     assert shown[:, 0, 0, 0].tolist() == [0, 2, 4]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader
 
 from delvm import recipe as recipes
 from delvm.errors import UserError
@@ -68,10 +68,16 @@ def sheet(pictures: np.ndarray, kept: np.ndarray) -> Image.Image:
 
 
 def some(samples: ConcatDataset, number: int) -> torch.Tensor:
-    """All pictures of samples spread evenly, (at most `number`, H, W, 3) uint8: every task is there."""
-    most = max(len(dataset[0]) for dataset in samples.datasets)
-    places = np.linspace(0, len(samples) - 1, min(max(1, number // most), len(samples))).astype(int)
-    return Shuffled.collate([item for item in Subset(samples, places.tolist())])[:number]
+    """All pictures of samples spread evenly over each task, (about `number`, H, W, 3) uint8.
+
+    Every task is there, with one sample at least, be they more pictures than `number`.
+    """
+    each = number // len(samples.datasets)  # pictures of a task
+    items = []
+    for dataset in samples.datasets:
+        wanted = min(max(1, each // len(dataset[0])), len(dataset))
+        items += [dataset[place] for place in np.linspace(0, len(dataset) - 1, wanted).astype(int).tolist()]
+    return Shuffled.collate(items)
 
 
 def own(files: list[Path], size: int) -> torch.Tensor:
@@ -109,8 +115,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     try:
-        if options.folder and options.folder.exists() and any(options.folder.iterdir()):
-            raise UserError(f"{options.folder}: not empty; old pictures would stay among the new ones")
+        if options.folder and options.folder.exists():
+            if not options.folder.is_dir():
+                raise UserError(f"{options.folder}: a file, must be a new or an empty folder")
+            if any(options.folder.iterdir()):
+                raise UserError(f"{options.folder}: not empty; old pictures would stay among the new ones")
         samples = held_out(options.run) if options.folder or not options.query else ConcatDataset([[]])
         tokenizer = Tokenizer.load(options.run / "tokenizer")
         shown = own(options.query, tokenizer.image_size) if options.query else some(samples, options.pictures)
