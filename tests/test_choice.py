@@ -22,6 +22,7 @@ from delvm.evaluate.choice import (
     read_lvm_questions,
     wilson,
 )
+from delvm.tokenizer import training
 from delvm.tokens.formats import read_lvm, write_lvm
 from tools import make_choices
 
@@ -108,8 +109,13 @@ def test_files_that_cannot_be_read(folder, tokenizer):
             read(write(folder / "empty.jsonl"))
 
 
-def test_pictures_become_the_tokenizers_codes(folder, tokenizer):
-    (question,) = encode_items(read_items(write(folder / "items.jsonl", GOOD)), tokenizer)
+def test_pictures_become_the_tokenizers_codes(folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(training, "PASS_PICTURES", 3)
+    sizes, whole = [], tokenizer.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "encode", lambda images: sizes.append(len(images)) or whole(images))
+        (question,) = encode_items(read_items(write(folder / "items.jsonl", GOOD)), tokenizer)
+    assert sizes == [3, 1]  # passes of the network as for a store
 
     def codes(name):  # 8 px, bicubic, whatever the aspect
         picture = Image.open(folder / f"{name}.png").resize((8, 8), Image.Resampling.BICUBIC)

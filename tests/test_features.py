@@ -10,6 +10,7 @@ from PIL import Image
 from delvm.errors import UserError
 from delvm.evaluate.features import Pictures, encode, extract, list_pictures
 from delvm.evaluate.readers import TokenCounts
+from delvm.tokenizer import training
 from delvm.tokenizer.training import to_pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,10 +228,15 @@ def test_values_that_cannot_be_kept(folder, tmp_path, value, dtype, message):
 # --- codes
 
 
-def test_codes_are_the_tokenizers(folder, tmp_path, tokenizer):
+def test_codes_are_the_tokenizers(folder, tmp_path, tokenizer, monkeypatch):
     listing = list_pictures(str(folder), "probe.train")
     pictures = Pictures(listing, 8, mirrored=True)
-    codes = encode(tokenizer, pictures, tmp_path / "codes", {}, batch_size=4, num_workers=0)
+    monkeypatch.setattr(training, "PASS_PICTURES", 3)
+    sizes, whole = [], tokenizer.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "encode", lambda images: sizes.append(len(images)) or whole(images))
+        codes = encode(tokenizer, pictures, tmp_path / "codes", {}, batch_size=4, num_workers=0)
+    assert sizes == [3, 3, 2] * 3 + [2]  # passes of the network as for a store, whatever the batch
     for number in (0, 12):
         expected = tokenizer.encode(to_pictures(pictures[number]))
         assert torch.equal(codes[number], expected)
