@@ -75,21 +75,37 @@ def test_operations_of_a_picture():
 
 
 @pytest.mark.parametrize(
-    ("device", "able", "faster", "expected"),
+    ("device", "threads", "able", "faster", "expected"),
     [
-        ("cpu", True, 4.1, ("held: 4.10; wanted", False)),
-        ("cpu", True, 3.9, ("missed: 3.90; wanted", True)),
-        ("cpu", True, None, ("not measured; wanted", False)),
-        ("cpu", False, 0.2, ("not judged, this processor has no instructions for bfloat16; wanted", False)),
-        ("cuda", True, 3.0, ("not judged, no processor; wanted", False)),
+        ("cpu", 1, True, 4.1, ("held: 4.10; wanted", False)),
+        ("cpu", 1, True, 3.9, ("missed: 3.90; wanted", True)),
+        ("cpu", 2, True, 3.9, ("not judged, 2 threads; wanted", False)),
+        ("cpu", 1, True, None, ("not measured; wanted", False)),
+        ("cpu", 1, False, 0.2, ("not judged, this processor has no instructions for bfloat16; want", False)),
+        ("cuda", 1, True, 3.0, ("not judged, no processor; wanted", False)),
     ],
 )
-def test_the_verdict(monkeypatch, device, able, faster, expected):
+def test_the_verdict(monkeypatch, device, threads, able, faster, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": able})
     found = {PLAIN: Finding(1.0, 1.0, 0.0)} | ({WANTED: Finding(1.0, faster, 0.02)} if faster else {})
-    line, missed = verdict(found, device)
+    line, missed = verdict(found, device, threads)
     assert line.startswith(expected[0])
     assert missed == expected[1]
+
+
+def test_one_thread_is_measured_unless_more_are_asked_for(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_encoding"])
+    assert bench_encoding.parse().threads == 1
+
+
+def test_photographs_of_all_folders_below(photos):
+    top = bench_encoding.photographs(photos, 8, 3)
+    (photos / "a" / "b").mkdir(parents=True)
+    (photos / "2.png").rename(photos / "a" / "b" / "2.PNG")
+    (photos / "a" / ".2.png").write_bytes(b"no picture")
+    found = bench_encoding.photographs(photos, 8, 3)
+    assert torch.equal(found, top)
+    assert len(found.unique(dim=0)) == 3
 
 
 def test_the_random_one_has_the_published_size():

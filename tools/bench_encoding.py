@@ -3,7 +3,8 @@
 A random VQGAN of the published size (f16, 8192 codes, pictures of 256 px), or a trained tokenizer and
 photographs. The rounds are interleaved: a busy machine slows all alike, and a ratio is the median of those
 within one round. What a way changes is told beside it: the share of the codes that are not those of fp32.
-On a CPU one thread is measured, unless --threads says otherwise: several gain less.
+On a CPU one thread is measured, unless --threads says otherwise, and bf16 is judged by one thread alone:
+several gain less. --photos: a folder and all folders in it.
 
     python -m tools.bench_encoding
     python -m tools.bench_encoding --tokenizer runs/quickstart/tokenizer --photos photos --pictures 256
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from delvm.errors import UserError
 from delvm.images.augment import view
 from delvm.images.files import SUFFIXES, read_picture
+from delvm.images.folders import is_picture
 from delvm.tokenizer import Tokenizer, load
 from delvm.tokenizer.training import TokenizerConfig, build
 from delvm.tokens.encoder import Encoder, TokensConfig
@@ -36,7 +38,7 @@ PUBLISHED = TokenizerConfig(
     num_codes=8192, code_dim=64, patch=1, channels=128, channel_multipliers=[1, 2, 2, 4, 6], layers=2
 )
 BAR = 4.0
-"""How many times as fast as plain fp32 a processor with instructions for bfloat16 has to be in it."""
+"""How many times as fast as in plain fp32 one thread of a processor with bfloat16 has to be in it."""
 
 
 class Way(NamedTuple):
@@ -90,7 +92,7 @@ def photographs(folder: Path, size: int, number: int) -> Tensor:
     Raises:
         UserError: it has none, or one cannot be read.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)[:number]
+    files = sorted(file for file in folder.expanduser().rglob("*") if is_picture(file.name))[:number]
     if not files:
         raise UserError(f"--photos: no {', '.join(SUFFIXES)} in '{folder}'")
     pictures = [
@@ -137,13 +139,15 @@ def has_bfloat16(device: str) -> bool:
     return device != "cpu" or any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
-def verdict(found: dict[str, Finding], device: str) -> tuple[str, bool]:
+def verdict(found: dict[str, Finding], device: str, threads: int) -> tuple[str, bool]:
     """One line on the bar, and whether it is missed."""
-    wanted = f"wanted: at least {BAR:.1f} times as fast as {PLAIN} in {WANTED}"
+    wanted = f"wanted: at least {BAR:.1f} times as fast as {PLAIN} in {WANTED} on one thread"
     if device != "cpu":
         return f"not judged, no processor; {wanted}", False
     if not has_bfloat16(device):
         return f"not judged, this processor has no instructions for bfloat16; {wanted}", False
+    if threads != 1:
+        return f"not judged, {threads} threads; {wanted}", False
     if WANTED not in found:
         return f"not measured; {wanted}", False
     missed = found[WANTED].faster < BAR
@@ -206,7 +210,7 @@ def main() -> int:
             [name, f"{about.images_per_second:.3g}", f"{about.faster:.2f}", f"{about.changed:.3%}",
              f"{tflops:.3g}", share]
         )  # fmt: skip
-    line, missed = verdict(found, options.device)
+    line, missed = verdict(found, options.device, options.threads)
     columns = ["", "images/s", "times fp32", "codes changed", "TFLOP/s", "of peak"]
     print(markdown(columns, rows), line, sep="\n\n")
     return int(missed)
