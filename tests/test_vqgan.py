@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from diffusers import VQModel
+from diffusers.configuration_utils import register_to_config
 from torch.nn import functional as F
 
 from delvm.errors import UserError
@@ -158,6 +159,33 @@ def test_hash(tmp_path):
     with torch.no_grad():
         tokenizer.codebook[3, 1] += 1e-6
     assert tokenizer.hash != first
+
+
+def test_a_setting_that_a_later_diffusers_adds_changes_the_hash_only_where_it_is_set():
+    class Later(VQModel):
+        @register_to_config
+        def __init__(self, strides=(2, 2), **settings):
+            super().__init__(**settings)
+
+    def later(**changes):
+        settings = {key: value for key, value in tokenizer.vqgan.config.items() if not key.startswith("_")}
+        vqgan = Later(**settings, **changes)
+        vqgan.load_state_dict(tokenizer.vqgan.state_dict())
+        found = Tokenizer(vqgan, 2, 8)
+        assert "strides" in found.vqgan.config
+        return found
+
+    tokenizer = tiny()
+    assert later().hash == later(strides=[2, 2]).hash == tokenizer.hash
+    assert later(strides=(2, 1)).hash != tokenizer.hash
+
+
+def test_the_hash_of_a_tokenizer_outlives_releases():
+    tokenizer = tiny()
+    with torch.no_grad():
+        for place, (_, weight) in enumerate(sorted(tokenizer.vqgan.state_dict().items())):
+            weight.fill_(place / 64)
+    assert tokenizer.hash == "7ba0121e4e35ab19"
 
 
 @pytest.mark.parametrize(

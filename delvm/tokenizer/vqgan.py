@@ -6,6 +6,7 @@ pictures = tokenizer.decode(codes)      # back to (batch, 3, H, W) in 0..1
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,13 @@ from delvm.errors import UserError
 MODEL_CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WRAPPER_CONFIG = "delvm_tokenizer.json"
+HASHED = {
+    "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
+    "layers_per_block", "act_fn", "latent_channels", "sample_size", "num_vq_embeddings", "norm_num_groups",
+    "vq_embed_dim", "scaling_factor", "norm_type", "mid_block_add_attention", "lookup_from_codebook",
+    "force_upcast",
+}  # fmt: skip
+"""Settings of VQModel that the hash always covers; one that diffusers adds later only where it is set."""
 
 
 class Tokenizer(nn.Module):
@@ -107,8 +115,15 @@ class Tokenizer(nn.Module):
         return digest.hexdigest()[:16]
 
     def _settings(self) -> dict[str, Any]:
-        # keys that begin with _ are diffusers' own: its version, where the model was loaded from
-        vqgan = {key: value for key, value in self.vqgan.config.items() if not key.startswith("_")}
+        known = inspect.signature(type(self.vqgan).__init__).parameters
+        vqgan = {
+            key: value
+            for key, value in self.vqgan.config.items()
+            # keys that begin with _ are diffusers' own: its version, where the model was loaded from
+            if not key.startswith("_")
+            # a setting that a release adds makes no other tokenizer of those that were there before
+            and (key in HASHED or key not in known or _json(value) != _json(known[key].default))
+        }
         return {"vqgan": vqgan, **self._wrapper_settings()}
 
     def _wrapper_settings(self) -> dict[str, Any]:
@@ -260,6 +275,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a JSON object of settings")
     return content
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=str)  # as it is after being saved: a tuple is a list
 
 
 def one_line(error: Exception, limit: int = 200) -> str:
