@@ -45,6 +45,19 @@ def test_a_plain_lookup_finds_the_same_codes(name):
     assert torch.allclose(lengths, torch.ones(8)) == (name in COSINE)
 
 
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_the_codes_start_at_the_k_means_of_the_first_batch(name):
+    generator = torch.Generator().manual_seed(1)
+    centres = torch.eye(4)[:3]  # of length 1, as the codes of some
+    near = centres[torch.randint(3, (32, 2, 2), generator=generator)]
+    near = near + 0.01 * torch.randn(near.shape, generator=generator)
+    quantizer = make(name, num_codes=16)
+    quantizer(near.permute(0, 3, 1, 2))
+    distances = torch.cdist(quantizer.codebook, centres)
+    assert distances.amin(1).max() < 0.1  # every code is at a centre,
+    assert distances.amin(0).max() < 0.1  # and every centre has one
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), length=st.floats(0.01, 100))
 def test_of_codes_of_one_length_the_nearest_is_that_at_the_smallest_angle(seed, length):

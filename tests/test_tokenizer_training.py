@@ -377,7 +377,7 @@ def test_a_step_takes_all_of_the_error():
 # --- with a discriminator
 
 
-def trained_by_lightning(folder, steps=6, at=None, action=None, **changes):
+def trained_by_lightning(folder, steps=6, at=None, action=None, precision="32-true", **changes):
     """The module and its curve. Four pairs a step; reading item `at` does something as well."""
 
     class Pairs(Shuffled):
@@ -389,7 +389,7 @@ def trained_by_lightning(folder, steps=6, at=None, action=None, **changes):
     folder.mkdir(exist_ok=True)
     pl.seed_everything(0, verbose=False)
     module = TokenizerTraining(tiny_config(steps=steps, num_codes=16, **{**JUDGED, **changes}), 16)
-    config = TrainerConfig(accelerator="cpu", log_every=2, diagnose_every=3)
+    config = TrainerConfig(accelerator="cpu", log_every=2, diagnose_every=3, precision=precision)
     curve = train(
         module, Pairs(pairs(), 4 * steps, 0), name="tokenizer", steps=steps, batch_size=4, clip=0.1,
         config=config, folder=folder, tensorboard=folder / "tensorboard",
@@ -468,6 +468,19 @@ def test_a_discriminator_changes_what_is_learnt_from_its_start_on(judged, tmp_pa
     assert_equal(one, other)
     assert any(not torch.equal(one[key], found[key]) for key in one)
     assert without.discriminator is None
+
+
+def test_steps_in_bf16(judged, tmp_path):
+    module, curve = trained_by_lightning(tmp_path, precision="bf16-mixed")
+    assert {value.dtype for value in module.state_dict().values()} <= {torch.float32, torch.int64, torch.bool}
+    assert module.quantizer.codebook.dtype == torch.float32  # the codes are chosen and moved in it
+    whole = judged[1]
+    assert curve != whole
+    for point, expected in zip(curve, whole, strict=True):
+        assert point["loss"] == pytest.approx(expected["loss"], rel=0.1)
+        assert point["psnr"] == pytest.approx(expected["psnr"], abs=0.5)
+    assert curve[-1]["discriminator"] > 0
+    assert measure(module.finish(), [pairs(8)])["codes_used"] > 4
 
 
 @pytest.mark.parametrize("quantizer", ["ema", "learned"])

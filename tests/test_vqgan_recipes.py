@@ -1,6 +1,8 @@
 """The recipes that train a tokenizer alone: their sizes, and their first steps."""
 
+import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from delvm import chain
 from delvm.recipe import load
-from delvm.tokenizer import Tokenizer
+from delvm.tokenizer import Tokenizer, training
 from delvm.tokenizer.training import build, num_parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,6 +30,20 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     torch.save(make_layers(cfgs["D"]).state_dict(prefix="features."), root / "vgg16.pth")
     return root
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The modules that are trained, each with the weights that it began with."""
+    modules = []
+
+    class Watched(training.TokenizerTraining):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            modules.append((self, copy.deepcopy(self.state_dict())))
+
+    monkeypatch.setattr(training, "TokenizerTraining", Watched)
+    return modules
 
 
 def trained(name, folder, *overrides):
@@ -52,7 +68,7 @@ def test_the_large_one_has_the_shape_of_open_muses():
     assert network.quantize.embedding.weight.shape == (8192, 64)
 
 
-def test_the_large_one_takes_steps(folder):
+def test_the_large_one_takes_steps(folder, watched):
     """At its size of pictures and codes; a network of a quarter of the channels and half the blocks."""
     alone = ["tokenizer.perceptual=0", "tokenizer.perceptual_weights=''"]
     small = ["tokenizer.channels=32", "tokenizer.layers=1", "tokenizer.steps=2", "tokenizer.batch_size=2",
@@ -61,6 +77,16 @@ def test_the_large_one_takes_steps(folder):
     first, second = json.loads((found / "curve.json").read_text())
     assert first["discriminator"] == 0 < second["discriminator"]
     assert second["codes_used"] > 100
+    assert all(math.isfinite(value) for point in (first, second) for value in point.values())
+    assert {"loss", "psnr", "codebook_perplexity", "adversarial", "discriminator"} <= second.keys()
+    ((module, before),) = watched
+    moved = {name: not torch.equal(value.cpu(), before[name]) for name, value in module.state_dict().items()}
+    assert moved["tokenizer.vqgan.quantize.embedding.weight"]
+    for part in ("tokenizer.vqgan.encoder.", "tokenizer.vqgan.decoder.", "tokenizer.vqgan.quant_conv.",
+                 "tokenizer.vqgan.post_quant_conv.", "discriminator."):  # fmt: skip
+        names = [name for name, _ in module.named_parameters() if name.startswith(part)]
+        assert names
+        assert [name for name in names if not moved[name]] == []
     tokenizer = Tokenizer.load(found)
     assert (tokenizer.grid, tokenizer.num_codes) == ((16, 16), 8192)
     metrics = json.loads((found / "stage.json").read_text())["metrics"]
