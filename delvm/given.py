@@ -15,6 +15,8 @@ from delvm.evaluate.features import Listing
 from delvm.evaluate.probe import list_splits
 from delvm.evaluate.readers import check_timm
 from delvm.finetune import arms
+from delvm.finetune.classifier import Form
+from delvm.finetune.earlier import check_earlier, classifier_hash, is_classifier
 from delvm.finetune.training import FinetuneConfig
 from delvm.images.tasks import TOKEN_SOURCES, TaskConfig
 from delvm.pretrain import PretrainConfig
@@ -140,8 +142,33 @@ class Given:
         if config is None:
             return {}
         codes = self.num_codes if config.input == "tokens" else None
-        models = config.models.items()
-        return {name: _read_model(f"finetune.models.{name}", folder, codes)[1] for name, folder in models}
+        return {
+            name: classifier_hash(Path(folder))
+            if name in self.finetune_forms
+            else _read_model(f"finetune.models.{name}", folder, codes)[1]
+            for name, folder in config.models.items()
+        }
+
+    @cached_property
+    def finetune_forms(self) -> dict[str, Form]:
+        """What those of `finetune.models` are that are classifiers already, and go on.
+
+        Raises:
+            UserError: one in `run_dir`, and as `check_earlier`.
+        """
+        config = self.recipe.finetune
+        if config is None:
+            return {}
+        models = {name: Path(folder) for name, folder in config.models.items()}
+        run_dir = Path(self.recipe.run_dir).resolve()
+        for name, folder in models.items():
+            if is_classifier(folder) and folder.resolve().is_relative_to(run_dir):
+                raise UserError(
+                    f"finetune.models.{name}: '{folder}' lies in run_dir, whose stages replace each other;"
+                    " choose another run_dir"
+                )
+        tokenizer = self.tokenizer if config.input == "tokens" else None
+        return check_earlier(models, tokenizer, config, self.finetune_pictures["train"].classes)
 
     @cached_property
     def questions(self) -> tuple[list[Item], list[Item] | list[Question]]:
@@ -246,7 +273,7 @@ class Given:
                 size of what it starts from; steps that processes and micro-batches cannot share; a shared
                 cache within the run; a cache of more codes or rows than there are; files without questions;
                 pictures of a probe or a fine-tuning that are no classes, a model of it that reads other codes
-                than the tokenizer's.
+                than the tokenizer's, a classifier that its settings contradict.
         """
         recipe, cache, student = self.recipe, self.recipe.cache, self.recipe.student
         for key, model in (("teacher", recipe.teacher), ("student", student)):

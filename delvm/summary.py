@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -101,6 +102,11 @@ def show_classes_plan(given: Given) -> None:
         steps = tuning.steps(len(given.finetune_pictures["train"]))
         how = f"{', '.join(names)}, {steps} steps of {tuning.batch_size} pictures each"
         console.print(f"finetune: {_count(given.finetune_pictures)}; {how}", soft_wrap=True)
+        for name, found in given.finetune_forms.items():
+            now = arms.form_of(tuning, given.tokenizer, found.classes)
+            sizes = f"a classifier of {found.image_size} px that goes on at {now.image_size} px"
+            places = f"{replace(now, begins=found.begins).places} places a picture, {found.places} before"
+            console.print(f"finetune: {name} is {sizes}: {places}", soft_wrap=True)
 
 
 def _count(pictures: Mapping[str, Listing]) -> str:

@@ -1,6 +1,7 @@
 """A LLaMA's blocks as a classifier: who sees what, what it takes over, and back from disk."""
 
 import json
+import logging
 import math
 import re
 from dataclasses import replace
@@ -176,6 +177,13 @@ def test_a_saved_classifier_loads_back_with_equal_logits(form, mask, tokenizer, 
     assert loaded.classifier.form == saved.classifier.form
     assert torch.equal(loaded(pictures()), saved(pictures()))
     assert loaded(pictures()).unique(dim=0).shape[0] == 5
+
+
+def test_a_saved_classifier_loads_without_a_word(tmp_path, caplog, monkeypatch):
+    Predictor(build(PATCHES), None).save(tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    finetune.load(tmp_path)
+    assert caplog.messages == []
 
 
 def test_files_are_classified(tmp_path):

@@ -83,6 +83,7 @@ ORDER = [
     "finetune.views",
     "finetune.classifier",
     "finetune.training",
+    "finetune.earlier",
     "finetune.arms",
     "evaluate.charts",
     "evaluate.tables",

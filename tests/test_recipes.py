@@ -48,6 +48,10 @@ FOLDERS = {  # what stands for `???` elsewhere
         *(f"finetune.{split}={split}" for split in ("train", "validation")),
         "finetune.models.student=student",
     ],
+    "finetune_imagenet_384": [
+        *(f"finetune.{split}={split}" for split in ("train", "validation")),
+        "finetune.models.student=student",
+    ],
     "vqgan_64": ["tasks.photos.images=photos"],
     "vqgan_256": ["tasks.photos.images=photos", "tokenizer.perceptual_weights=vgg16.pth"],
     "balance": [

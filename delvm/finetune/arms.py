@@ -19,6 +19,7 @@ from delvm.evaluate.classifiers import Prediction, best_classes
 from delvm.evaluate.features import Listing, Pictures, list_pictures
 from delvm.evaluate.probe import by_class, right
 from delvm.finetune.classifier import Classifier, Form, Predictor, Read
+from delvm.finetune.earlier import check_earlier, go_on, is_classifier
 from delvm.finetune.training import RANDOM, Finetune, FinetuneConfig
 from delvm.finetune.views import Views
 from delvm.stages import write_atomic
@@ -84,7 +85,7 @@ def finetune(
     one that it was at.
 
     Args:
-        models: folders that `delvm.llama.load` takes, by name.
+        models: folders that `delvm.llama.load` takes, or classifiers that go on, by name.
         tokenizer: of the models' codes; None for patches.
         config: pictures and training; its `averaging` stands for that of `trainer`.
         out: folder for the classifiers' folders, which `delvm.finetune.load` takes, and `metrics.json`.
@@ -97,10 +98,12 @@ def finetune(
         standard errors `top1_error` and `top5_error`, `parameters`. metrics.json has `by_class`, too.
 
     Raises:
-        UserError: pictures or models that cannot be read, a model of other codes, steps that
-            processes and micro-batches cannot share; `Interrupted` and `NotFinite` as `delvm.training.train`.
+        UserError: pictures or models that cannot be read, a model of other codes, a classifier that
+            contradicts the settings, steps that processes and micro-batches cannot share; `Interrupted` and
+            `NotFinite` as `delvm.training.train`.
     """
     listings = list_splits(config)
+    check_earlier(models, tokenizer, config, listings["train"].classes)
     work = _Work(tokenizer, config, listings, trainer, tensorboard, tokens, seed)
     found = {arm.name: work.arm(arm, out / arm.name) for arm in list_arms(models, config.starts)}
     result: dict = {split: len(listing) for split, listing in listings.items()}
@@ -131,11 +134,15 @@ def form_of(config: FinetuneConfig, tokenizer: Tokenizer | None, classes: Sequen
 def start_weights(arm: Arm, form: Form, *, seed: int) -> Classifier:
     """An arm's classifier before its first step.
 
+    Where a classifier is to go on it is this, for pictures of the form's size.
+
     Raises:
         UserError: a model that cannot be read, or reads other codes than there are.
     """
     codes = form.num_codes or None
     try:
+        if is_classifier(arm.folder):
+            return go_on(arm.folder, form)
         if arm.start == RANDOM:
             model = llama.initialise(llama.load_config(arm.folder, num_codes=codes), seed=seed)
         else:

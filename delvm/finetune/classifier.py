@@ -7,7 +7,8 @@ predictor.classify(["cat.jpg"])        # ["tabby"]
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ class Form:
         """Side of a patch in pixels."""
         return self.image_size // self.grid
 
+    @property
+    def places(self) -> int:
+        """What the blocks read of a picture: codes or patches, what stands before it, the class's place."""
+        return self.grid**2 + self.begins + (self.readout == "class")
+
 
 class Classifier(nn.Module):
     """A LLaMA's blocks between what reads a picture and what says its class.
@@ -72,8 +78,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.form, self.config = form, copy.deepcopy(config)
         self.config.vocab_size, self.config.pad_token_id = 1, None
-        places = form.grid**2 + form.begins + (form.readout == "class")
-        self.config.max_position_embeddings = max(places, self.config.max_position_embeddings)
+        self.config.max_position_embeddings = max(form.places, self.config.max_position_embeddings)
         self.config.is_causal = form.mask == "causal"
         self.blocks = LlamaModel(self.config)
         self.blocks.set_input_embeddings(nn.Identity())
@@ -88,6 +93,8 @@ class Classifier(nn.Module):
         self.head = nn.Linear(width, len(form.classes))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.goes_on = False
+        """Whether an earlier training has left it, so that none of its parts are new."""
         self.scales: Tensor | None = None
         """(n, 2 * layers) float: what the blocks' branches are multiplied by in training."""
         for place, layer in enumerate(self.blocks.layers):
@@ -147,9 +154,11 @@ class Classifier(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters are how deep, as timm's learning rates by layer ask it; the rest is the head's.
 
-        Patches that are new to a pretrained model learn as fast as the head.
+        Patches and the class's place, where they are new to a pretrained model, learn as fast as the head.
         """
         first = r"^begin" if self.form.input == "patches" else r"^(?:begin|stem)"
+        if self.goes_on:
+            first = r"^(?:begin|stem|query)"
         return {
             "stem": first,
             "blocks": [(r"^blocks\.layers\.(\d+)", None), (r"^blocks\.norm", (99999,))],
@@ -238,6 +247,30 @@ class Predictor:
         write_atomic(folder / CONFIG, json.dumps(said, indent=2, default=str) + "\n")
 
 
+def load_form(folder: Path) -> Form:
+    """What a saved classifier is; its weights need be there and are not read. Raises as `load`."""
+    with _readable(folder):
+        (folder / WEIGHTS).stat()
+    return _read_config(folder)[0]
+
+
+def load_classifier(folder: Path, form: Form | None = None) -> Classifier:
+    """A saved classifier without its tokenizer, perhaps for pictures of another size. Raises as `load`.
+
+    Of the weights none depends on the size: a larger picture is more codes or patches, each as large as
+    before. Positions are counted on, row by row, beyond those that were trained.
+
+    Args:
+        folder: what `Predictor.save` has written.
+        form: the saved one but for size and grid; None: that itself.
+    """
+    saved, config = _read_config(folder)
+    with _readable(folder):
+        classifier = Classifier(config, form or saved)
+        classifier.load_state_dict(load_file(folder / WEIGHTS))
+    return classifier
+
+
 def load(folder: str | Path) -> Predictor:
     """What `Predictor.save` has written, on the CPU, in evaluation mode.
 
@@ -245,15 +278,27 @@ def load(folder: str | Path) -> Predictor:
         UserError: no such folder, or files that are damaged or do not fit together.
     """
     place = Path(folder)
-    try:
-        said = json.loads((place / CONFIG).read_text(encoding="utf-8"))
+    classifier = load_classifier(place)
+    reads_codes = classifier.form.input == "tokens"
+    return Predictor(classifier, load_tokenizer(place / TOKENIZER) if reads_codes else None)
+
+
+def _read_config(folder: Path) -> tuple[Form, LlamaConfig]:
+    with _readable(folder):
+        said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         form = Form(**{**said["form"], "classes": tuple(said["form"]["classes"])})
-        classifier = Classifier(LlamaConfig(**said["llama"]), form)
-        classifier.load_state_dict(load_file(place / WEIGHTS))
+        # transformers warns of the model's special ids, which a vocabulary of 1 has not
+        return form, LlamaConfig(**{**said["llama"], "bos_token_id": None, "eos_token_id": None})
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What may be wrong with a classifier's files, as a UserError."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise UserError(
-            f"{place}: holds no classifier, {Path(error.filename or WEIGHTS).name} is missing"
+            f"{folder}: holds no classifier, {Path(error.filename or WEIGHTS).name} is missing"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{place}: no readable classifier: {' '.join(str(error).split())[:200]}") from error
-    return Predictor(classifier, load_tokenizer(place / TOKENIZER) if form.input == "tokens" else None)
+        raise UserError(f"{folder}: no readable classifier: {' '.join(str(error).split())[:200]}") from error

@@ -33,7 +33,8 @@ class FinetuneConfig(OptimizerConfig):
     roles: list[str] = field(default_factory=list)
     """Which of the run's own models; empty: the last, its student or else its teacher."""
     models: dict[str, str] = field(default_factory=dict)
-    """Further models by name: folders that `delvm.llama.load` takes."""
+    """Further models by name: folders that `delvm.llama.load` takes, or that a fine-tuning has left; such a
+    classifier goes on as what it is, with all its weights, perhaps at another image_size."""
     starts: list[str] = field(default_factory=lambda: list(STARTS))
     """`pretrained`: from the weights of each model; `random`: the last model's architecture with fresh
     weights, the control, `random` in the table."""
@@ -42,7 +43,8 @@ class FinetuneConfig(OptimizerConfig):
     """`tokens`: codes of the tokenizer, which stays as it is and encodes every view in passing; `patches`:
     pixels through a new patch embedding, without a tokenizer."""
     image_size: int = 224
-    """patches: side of a picture in pixels. Codes are of pictures of their tokenizer's size."""
+    """patches: side of a picture in pixels. Codes are of pictures of their tokenizer's size. A classifier
+    that goes on may have learnt from pictures of another size, in patches as large as here."""
     patch_size: int = 16
     """patches: side of a patch in pixels."""
     mask: str = "causal"
@@ -200,7 +202,8 @@ def layer_groups(
     """Parameter groups with `lr` and `weight_decay`, the head's first.
 
     The head and the class's place have `rate`, layer l of L (from 1) and what is below, layer 0, that times
-    layer_decay ** (L + 1 - l); the last norm goes with layer L. No decay for norms, biases and embeddings.
+    layer_decay ** (L + 1 - l); the last norm goes with layer L. The class's place of a classifier that goes
+    on is below. No decay for norms, biases and embeddings.
     """
     groups = param_groups_layer_decay(
         classifier, weight_decay, no_weight_decay_list=["stem.weight"], layer_decay=layer_decay
