@@ -172,7 +172,7 @@ def report(
 
 def lengths_in(losses: Losses) -> dict[str, list[int]]:
     """Arm -> the lengths that it was trained for, ascending."""
-    arms = dict.fromkeys(arm for length, entry in losses.items() if length for arm in entry)
+    arms = dict.fromkeys(arm for length in sorted(losses, reverse=True) if length for arm in losses[length])
     return {arm: [length for length in sorted(losses) if length and arm in losses[length]] for arm in arms}
 
 
@@ -211,10 +211,11 @@ def draw(seeds: dict[int, Losses]) -> str:
     ends = [end(own) for end in (min, max) for own in lengths.values()]
     lines.append(Line("teacher", "teacher", [(float(k), teacher) for k in (min(ends), max(ends))]))
     svg = chart(lines, "steps", "loss (nats)", log_x=True, width=640, height=380)
+    svg = str(svg).replace("<svg ", '<svg x="0" y="0" width="640" height="380" ', 1)
     names = [line.name for line in lines]
     key = "".join(
-        f'<line x1="70" x2="100" y1="{390 + 22 * i}" y2="{390 + 22 * i}" class="smooth {line.style}"/>'
-        f'<text x="110" y="{395 + 22 * i}">{Markup.escape(name)}</text>'
+        f'<line x1="70" x2="100" y1="{396 + 22 * i}" y2="{396 + 22 * i}" class="smooth {line.style}"/>'
+        f'<text x="110" y="{401 + 22 * i}">{Markup.escape(name)}</text>'
         for i, (name, line) in enumerate(zip(names, lines, strict=True))
     )
     colours = "".join(f".c{i}{{--c:{colour}}}" for i, colour in enumerate(COLOURS))
