@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from diffusers import VQModel
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch.nn import functional as F
 
 from delvm.errors import UserError
@@ -170,6 +170,7 @@ def test_a_setting_that_a_later_diffusers_adds_changes_the_hash_only_where_it_is
     def later(**changes):
         settings = {key: value for key, value in tokenizer.vqgan.config.items() if not key.startswith("_")}
         vqgan = Later(**settings, **changes)
+        vqgan._internal_dict = FrozenDict(item for item in vqgan.config.items() if item[0] != "settings")
         vqgan.load_state_dict(tokenizer.vqgan.state_dict())
         found = Tokenizer(vqgan, 2, 8)
         assert "strides" in found.vqgan.config
