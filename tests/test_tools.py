@@ -266,20 +266,24 @@ def test_a_teacher_is_paid_back_by_so_many_students():
     assert compare_steps.pays_from(teacher=9, student=1, scratch=4) == 4  # three only break even
     assert compare_steps.pays_from(teacher=2, student=1, scratch=4) == 1
     assert compare_steps.pays_from(teacher=2, student=4, scratch=4) == math.inf
+    assert compare_steps.pays_from(teacher=2, student=1, scratch=math.inf) == 1
 
 
 def test_the_comparison_of_lengths(micro, tmp_path, monkeypatch, capsys):
     where = f"run_dir={tmp_path / 'run'}"
     arms = ["--steps", "6", "3", "--arms", "scratch", "slice, labels alone"]
     assert run_tool(compare_steps, monkeypatch, micro, where, "--seeds", "3", *arms) == 2
-    assert "has no rate for scratch, 3 steps; run --tune first" in capsys.readouterr().err
+    assert "has no rate for scratch, 3 steps, under these settings; run" in capsys.readouterr().err
     assert run_tool(compare_steps, monkeypatch, micro, where, "--tune", *arms[:-1], "slice") == 2
     assert "has no weight for slice; run tools.compare_distill --tune first" in capsys.readouterr().err
     assert run_tool(compare_steps, monkeypatch, micro, where, "--tune", *arms) == 0
-    rates = json.loads((tmp_path / "run" / "steps-tuned.json").read_text())
-    assert list(rates) == [
-        f"{arm}, {steps} steps" for arm in ("scratch", "slice, labels alone") for steps in (3, 6)
-    ]
+    chosen = json.loads((tmp_path / "run" / "steps-tuned.json").read_text()).values()
+    rates = {(entry["arm"], entry["steps"]): entry["rate"] for entry in chosen}
+    assert list(rates) == [(arm, steps) for arm in ("scratch", "slice, labels alone") for steps in (3, 6)]
+    # another recipe has rates of its own
+    other = [where, "teacher.steps=9"]
+    assert run_tool(compare_steps, monkeypatch, micro, *other, "--seeds", "3", *arms) == 2
+    assert "under these settings" in capsys.readouterr().err
     capsys.readouterr()
     picture = tmp_path / "steps.svg"
     assert run_tool(compare_steps, monkeypatch, micro, where, "--seeds", "3", *arms, "--out", picture) == 0
@@ -289,7 +293,7 @@ def test_the_comparison_of_lengths(micro, tmp_path, monkeypatch, capsys):
     assert operations["6"]["scratch"] == 2 * operations["3"]["scratch"]
     for steps in ("3", "6"):
         loss = losses[steps]["scratch"]["pose"]
-        line = f"| scratch | {steps} | {rates[f'scratch, {steps} steps']:g} |"
+        line = f"| scratch | {steps} | {rates['scratch', int(steps)]:g} |"
         [found] = [row for row in said.splitlines() if row.startswith(line)]
         assert f"{loss:.3f} ({loss:.3f}-{loss:.3f})" in found
     # scratch may be followed for longer than the others
@@ -298,7 +302,7 @@ def test_the_comparison_of_lengths(micro, tmp_path, monkeypatch, capsys):
     shown = [row for row in said.splitlines() if row.startswith(("| scratch", "| slice"))]
     assert capsys.readouterr().out.count("| slice, labels alone | 6 |") == 0 < len(shown)
     # with its rate, an arm at the recipe's own steps is that of the other comparison
-    rate = rates["scratch, 6 steps"]
+    rate = rates["scratch", 6]
     seed = compare_distill.Seed(micro, [where], 3)
     assert seed.loss("scratch", compare_distill.WEIGHT, rate) == losses["6"]["scratch"]
     drawn = picture.read_text()

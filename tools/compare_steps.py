@@ -29,16 +29,14 @@ from delvm.errors import UserError
 from delvm.evaluate.charts import Line, chart
 from delvm.stages import write_atomic
 from delvm.training import Interrupted, NotFinite
-from tools.compare_distill import ARMS, TUNED_AS, TUNING_SEED, WEIGHT, Seed, bracket, tuned_key
+from tools.compare_distill import ARMS, TUNED_AS, TUNING_SEED, WEIGHT, Seed, bracket, keep, tuned_key
+from tools.plot_scaling import STYLE
 
 LENGTHS = [100, 200, 400, 800, 1600]
 SHOWN = ["scratch", "forward_kl", "slice", "slice, labels alone"]
 COLOURS = ("#646a73", "#d55e00", "#0072b2", "#00805d", "#b0568c", "#b07d00")
-STYLE = """
-svg{background:#fff;color:#646a73;font-family:system-ui,sans-serif}text{fill:currentColor;font-size:14px}
-.grid{stroke:#e4e2dd}.smooth{fill:none;stroke:var(--c);stroke-width:2.2;stroke-linejoin:round}
-.range{stroke:var(--c);stroke-width:5;opacity:.3;stroke-linecap:round}circle{fill:var(--c)}
-"""
+Rates = dict[tuple[str, int], float]
+"""Of arm and steps."""
 Losses = dict[int, dict[str, dict[str, float]]]
 """Steps -> arm -> task -> loss, of one seed; the teacher's stand at 0."""
 
@@ -59,7 +57,10 @@ def steps_to(loss: float, curve: dict[int, float]) -> float:
 
 
 def pays_from(teacher: float, student: float, scratch: float) -> float:
-    """How many students of one teacher cost less than as many from scratch; infinity where none do."""
+    """How many students of one teacher cost less than as many from scratch; infinity where none do.
+
+    One where `scratch` is infinite: it never gets there.
+    """
     return math.floor(teacher / (scratch - student)) + 1 if scratch > student else math.inf
 
 
@@ -70,9 +71,9 @@ def tune(given: tuple[Path, list[str]], lengths: dict[str, list[int]], file: Pat
     for arm in lengths:
         rate = 5e-3
         for length in lengths[arm]:
-            key = rate_key(arm, length)
+            key = rate_key(*given, arm, length)
             if key not in chosen:
-                seed = Seed(given[0], [*given[1], f"student.steps={length}"], TUNING_SEED)
+                seed = Seed(*at(*given, length), TUNING_SEED)
 
                 def mean(rate: float, arm: str = arm, seed: Seed = seed) -> float:
                     try:
@@ -81,17 +82,19 @@ def tune(given: tuple[Path, list[str]], lengths: dict[str, list[int]], file: Pat
                         console.print(str(error))
                         return math.inf
 
-                found = bracket(mean, rate, 2.0)
-                # another process may have added its own meanwhile
-                chosen = json.loads(file.read_text()) if file.exists() else {}
-                chosen[key] = found
-                write_atomic(file, json.dumps(chosen, indent=1) + "\n")
-            rate = chosen[key]
+                chosen[key] = {"arm": arm, "steps": length, "rate": bracket(mean, rate, 2.0)}
+                keep(file, {key: chosen[key]})
+            rate = chosen[key]["rate"]
 
 
-def rate_key(arm: str, length: int) -> str:
-    """Of the file of rates."""
-    return f"{arm}, {length} steps"
+def at(recipe_file: Path, overrides: list[str], length: int) -> tuple[Path, list[str]]:
+    """The recipe with a student of so many steps."""
+    return recipe_file, [*overrides, f"student.steps={length}"]
+
+
+def rate_key(recipe_file: Path, overrides: list[str], arm: str, length: int) -> str:
+    """Of the file of rates: of all that the best one depends on but the seed."""
+    return f"{arm}, {length} steps, {tuned_key(recipes.load(*at(recipe_file, overrides, length)), arm)}"
 
 
 def weights_of(recipe_file: Path, overrides: list[str], arms: list[str]) -> dict[str, float]:
@@ -113,19 +116,19 @@ def weights_of(recipe_file: Path, overrides: list[str], arms: list[str]) -> dict
 
 
 def measure(
-    given: tuple[Path, list[str]], lengths: dict[str, list[int]], rates: dict[str, float], number: int
+    given: tuple[Path, list[str]], lengths: dict[str, list[int]], rates: Rates, number: int
 ) -> tuple[Losses, dict[int, dict[str, float]]]:
     """Losses, and operations by steps and arm, of one seed; both have the teacher's at 0."""
     losses: Losses = {}
     operations: dict[int, dict[str, float]] = {}
     weights = weights_of(*given, list(lengths))
     for length in sorted({length for own in lengths.values() for length in own}):
-        seed = Seed(given[0], [*given[1], f"student.steps={length}"], number)
+        seed = Seed(*at(*given, length), number)
         if 0 not in losses:
             losses[0] = {"teacher": seed.teacher_loss()}
             operations[0] = {"teacher": seed.operations("teacher")}
         arms = [arm for arm, own in lengths.items() if length in own]
-        losses[length] = {arm: seed.loss(arm, weights[arm], rates[rate_key(arm, length)]) for arm in arms}
+        losses[length] = {arm: seed.loss(arm, weights[arm], rates[arm, length]) for arm in arms}
         operations[length] = {arm: seed.operations(arm) for arm in arms}
     return losses, operations
 
@@ -135,9 +138,7 @@ def mean_of(entry: dict[str, float]) -> float:
     return statistics.mean(entry.values())
 
 
-def report(
-    seeds: dict[int, Losses], operations: dict[int, dict[str, float]], rates: dict[str, float]
-) -> None:
+def report(seeds: dict[int, Losses], operations: dict[int, dict[str, float]], rates: Rates) -> None:
     """Print both tables as Markdown."""
     first = next(iter(seeds.values()))
     tasks = list(first[0]["teacher"])
@@ -149,7 +150,7 @@ def report(
     for arm, own in lengths.items():
         for length in own:
             entries = [losses[length][arm] for losses in seeds.values()]
-            print(row([arm, str(length), f"{rates[rate_key(arm, length)]:g}"], entries))
+            print(row([arm, str(length), f"{rates[arm, length]:g}"], entries))
     if "scratch" not in lengths:
         return
     print("\nsteps of scratch to the same mean loss, and students from which on the teacher is paid back\n")
@@ -161,12 +162,13 @@ def report(
         for length in own:
             needed = [steps_to(mean_of(losses[length][arm]), curves[n]) for n, losses in seeds.items()]
             cost = operations[length][arm]
-            pays = [payback(pays_from(teacher, cost, x * per_step), x) for x in needed]
+            pays = [pays_from(teacher, cost, x * per_step) for x in needed]
+            said = ", ".join("never" if number == math.inf else str(number) for number in pays)
             steps, times = (
                 ", ".join(bounded(x, known, form, scale) for x in needed)
                 for form, scale in ((".0f", 1.0), (".1f", 1 / length))
             )
-            print(f"| {arm} | {length} | {steps} | {times} | {', '.join(pays)} |")
+            print(f"| {arm} | {length} | {steps} | {times} | {said} |")
     print(f"\nthe teacher's training: as many operations as {teacher / per_step:,.0f} steps of scratch")
 
 
@@ -181,13 +183,6 @@ def bounded(value: float, lengths: Sequence[int], form: str, scale: float = 1.0)
     if value == 0:
         return f"<{lengths[0] * scale:{form}}"
     return f">{lengths[-1] * scale:{form}}" if value == math.inf else f"{value * scale:{form}}"
-
-
-def payback(students: float, needed: float) -> str:
-    """A number of students; where scratch never gets there, one is enough."""
-    if needed == math.inf:
-        return "1"
-    return "never" if students == math.inf else f"{students:.0f}"
 
 
 def row(cells: list[str], entries: list[dict[str, float]]) -> str:
@@ -252,10 +247,14 @@ def main() -> int:
         if options.tune:
             tune(given, lengths, file)
             return 0
-        rates = json.loads(file.read_text()) if file.exists() else {}
-        wanted = [rate_key(arm, length) for arm, own in lengths.items() for length in own]
-        if missing := [key for key in wanted if key not in rates]:
-            raise UserError(f"{file}: has no rate for {missing[0]}; run --tune first")
+        chosen = json.loads(file.read_text()) if file.exists() else {}
+        keys = {(arm, length): rate_key(*given, arm, length) for arm in lengths for length in lengths[arm]}
+        for (arm, length), key in keys.items():
+            if key not in chosen:
+                raise UserError(
+                    f"{file}: has no rate for {arm}, {length} steps, under these settings; run --tune first"
+                )
+        rates = {place: chosen[key]["rate"] for place, key in keys.items()}
         seeds: dict[int, Losses] = {}
         operations: dict[int, dict[str, float]] = {}
         for number in options.seeds:

@@ -66,6 +66,7 @@ def check_ends(teacher: LlamaConfig, student: LlamaConfig) -> None:
 
 
 def check_sentences(sentences: Tensor, vocab_size: int) -> None:
+    """Refuse what are no sentences to observe a teacher on. Raises UserError with what they must be."""
     if sentences.dim() != 2 or sentences.dtype != torch.int64 or len(sentences) < 1 or sentences.shape[1] < 2:
         raise UserError(
             f"sentences: {tuple(sentences.shape)} {sentences.dtype}, must be (num, length) int64,"

@@ -179,6 +179,7 @@ def coloured_parts(picture: np.ndarray) -> np.ndarray:
 
 
 def joints_of_discs(regions: dict[str, np.ndarray]) -> Joints:
+    """The middles of discs, one of each colour; those less than half as wide as the widest are specks."""
     depths = {name: depth(region) for name, region in regions.items() if region.any()}
     radius = max((float(inside.max()) for inside in depths.values()), default=0.0)
     joints = {}
@@ -190,6 +191,7 @@ def joints_of_discs(regions: dict[str, np.ndarray]) -> Joints:
 
 
 def joints_of_limbs(regions: dict[str, np.ndarray]) -> Joints:
+    """The ends of strokes, one of each limb's colour, each way round as its neighbours ask for."""
     whole = {name: without_specks(region) for name, region in regions.items()}
     strokes = {name: ends_of(region) for name, region in whole.items() if region.sum() >= LEAST_PIXELS}
     limbs = [(start, end, strokes[end]) for start, end, _ in LIMBS if end in strokes]

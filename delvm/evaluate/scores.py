@@ -400,6 +400,7 @@ def precision_recall(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def harmonic(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
+    """Their harmonic mean, F; 0 where both are 0."""
     return 2 * precision * recall / np.maximum(precision + recall, 1e-12)
 
 

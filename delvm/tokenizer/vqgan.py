@@ -268,6 +268,7 @@ _FILES = (MODEL_CONFIG, WEIGHTS, WRAPPER_CONFIG)
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A file of settings. Raises UserError if it cannot be read or is no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -282,5 +283,6 @@ def _json(value: Any) -> str:
 
 
 def one_line(error: Exception, limit: int = 200) -> str:
+    """What an error says, on one line of at most `limit` characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= limit else text[:limit] + " ..."
