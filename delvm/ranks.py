@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 PATIENCE = timedelta(hours=1)  # of a collective; within training no process is this far behind another
 POLL, GRACE = 0.1, 5.0  # seconds
-ENDED, GONE = "ended", "gone"
+ENDED = "ended"
 
 
 class Ended(Exception):
@@ -65,16 +65,6 @@ class _Processes:
             return self.store.add(ENDED, 1) == 1
         except RuntimeError:  # the process that kept the store is gone
             return False
-
-    def leave(self) -> None:
-        """Go; the first process, which may keep the store, as the last: the others still ask it meanwhile."""
-        if self.rank:
-            with suppress(RuntimeError):  # nobody waits any more
-                self.store.add(GONE, 1)
-            return
-        end = time.monotonic() + 2 * GRACE
-        while self.store.add(GONE, 0) < self.world - 1 and time.monotonic() < end:
-            time.sleep(POLL / 10)
 
     def watch(self) -> None:
         """Leave when another process has ended the run, even out of a collective that waits for it."""
@@ -147,7 +137,7 @@ def joined() -> Iterator[None]:
     threading.Thread(target=here.watch, daemon=True).start()
     try:
         yield
-        any_rank(False)  # nobody leaves before all are done
+        any_rank(False)  # the store goes with the process that keeps it: nobody leaves before all are done
     except BaseException as error:
         here.left.set()
         if not here.ends_first():
@@ -155,7 +145,6 @@ def joined() -> Iterator[None]:
         raise  # the group is left as it is: to take it down could wait for the others
     here.left.set()
     distributed.destroy_process_group()
-    here.leave()
     _processes = None
 
 

@@ -9,7 +9,13 @@ import signal
 import socket
 import sys
 
+import torch
+
 from delvm import ranks
+
+# Autograd's engine counts devices at its first backward pass; after a compiled model it would find one beside
+# the CPU, start threads for it, and refuse to work in a process that is forked then.
+torch.ones(1, requires_grad=True).sum().backward()
 
 PATIENCE = 900
 """Seconds until a process is said to hang: many, since others may keep the machine busy."""
